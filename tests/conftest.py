@@ -1,0 +1,99 @@
+"""What several tests share: tiny collections of made-up ECG in the layouts that users have, and tiny encoders."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many short processes: threads only get in each other's way
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import pytest
+import torch
+
+import selfmis
+
+HERE = Path(__file__).parents[1]
+TINY = dict(stem=16, widths=(16, 32), depths=(1, 1))
+MIMIC_ORDER = ("I", "II", "III", "aVR", "aVF", "aVL", "V1", "V2", "V3", "V4", "V5", "V6")
+PTBXL_NAMES = tuple(name.upper() if name.startswith("a") else name for name in selfmis.LEADS)
+
+
+def pytest_configure(config):
+    for module in ("selfmis", "train_pretrain", "train_probe"):
+        config.addinivalue_line("filterwarnings", f"error:::{module}")
+
+
+def write_record(stem, ecg, names=selfmis.LEADS, rate=100, unit="mV", adu=1000):
+    """(L, T) mV as a WFDB record, format 16, `adu` steps a unit."""
+    import wfdb
+
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    scale = {"mV": 1, "uV": 1e3, "V": 1e-3}[unit]
+    n = len(names)
+    digital = np.rint(np.where(np.isfinite(ecg), ecg, 0).T * scale * adu).astype(np.int64)
+    digital[~np.isfinite(ecg.T)] = -32768  # format 16's mark of an invalid sample
+    wfdb.wrsamp(stem.name, rate, [unit] * n, list(names), d_signal=digital, fmt=["16"] * n, adc_gain=[adu] * n, baseline=[0] * n, write_dir=str(stem.parent))
+
+
+def made_up(n, rate=100, seconds=10.0, seed=0):
+    return selfmis.synthesize(n, seed, sample_rate_hz=rate, seconds=seconds)
+
+
+@pytest.fixture(scope="session")
+def ptbxl(tmp_path_factory):
+    """80 records in PTB-XL's layout (records100), eight a fold, a patient each; every fold has every label of LABELS."""
+    root = tmp_path_factory.mktemp("ptb-xl")
+    x, _ = made_up(80)
+    labels = ("NORM", "IMI", "ASMI", "ALMI", "AMI", "ILMI", "LMI", "PMI")
+    with open(root / "ptbxl_database.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_lr", "filename_hr"])
+        for i in range(80):
+            path = f"records100/00000/{i:05}_lr"
+            write_record(root / path, x[i], PTBXL_NAMES)
+            table.writerow([i, float(i + 1000), str({labels[i // 10]: 15.0, "SR": 0.0}), i % 10 + 1, path, f"records500/00000/{i:05}_hr"])
+    return root
+
+
+@pytest.fixture(scope="session")
+def mimic(tmp_path_factory):
+    """48 records in MIMIC-IV-ECG's layout: 200 steps a mV, aVF before aVL."""
+    root = tmp_path_factory.mktemp("mimic-iv-ecg")
+    x, _ = made_up(48, seed=5)
+    order = [selfmis.LEADS.index(name) for name in MIMIC_ORDER]
+    with open(root / "record_list.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["subject_id", "study_id", "file_name", "ecg_time", "path"])
+        for i in range(48):
+            path = f"files/p1000/p{10000000 + i // 2}/s{i}/{i}"
+            write_record(root / path, x[i][order], MIMIC_ORDER, adu=200)
+            table.writerow([10000000 + i // 2, i, f"{i}.dat", "2100-01-01 00:00:00", path])
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """{leads: checkpoint of a tiny random encoder at 100 Hz} as a user's own encoder would be."""
+    folder = tmp_path_factory.mktemp("encoders")
+    paths = {}
+    for leads, lead in ((1, "I"), (12, "all")):
+        torch.manual_seed(leads)
+        view = selfmis.View(lead, 100, {"normalize": "zscore", "filter": "none"})
+        content = selfmis.encoder_content(selfmis.ResNet1D(leads, **TINY), view, [])
+        content["lead"] = None if leads == 1 else lead  # so that --lead is free
+        paths[leads] = str(folder / f"{leads}.pt")
+        selfmis.save(Path(paths[leads]), content)
+    return paths
+
+
+def run(script, *arguments, cwd, processes=0, timeout=150, env=None):
+    """A script as a user starts it; returns the finished process with its text."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = [*launcher, str(HERE / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
