@@ -1277,6 +1277,8 @@ def run_script(main, config_class, description: str) -> None:
         os._exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads may outlive the group, and die noisily (SIGABRT, one run in twenty) once Python is being torn down
 
 
 ERROR_STORE: list[dist.Store] = []  # what the processes share even while they fail
