@@ -1501,6 +1501,29 @@ def data_seen(records: Records, labels: bool) -> list[dict]:
     return seen
 
 
+def cost(encoders: Sequence[ResNet1D], view: View, device: torch.device) -> dict:
+    """Table 4: parameters and multiply-accumulates (one 10 s record) of the encoders together, and the peak memory so far in MiB."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    macs = 0
+    for encoder in encoders:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            ResNet1D(**encoder.architecture)(torch.empty(1, encoder.leads, round(10 * view.sample_rate_hz)))
+        macs += counter.get_total_flops() // 2
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return dict(parameters=sum(p.numel() for encoder in encoders for p in encoder.parameters()), macs=macs, peak_mib=round(peak))
+
+
+def say_cost(cost: dict) -> str:
+    rate = f", {cost['records_per_second']:,.0f} records/s" if "records_per_second" in cost else ""
+    return f"{cost['parameters']:,} parameters, {cost['macs'] / 1e9:.3f} GMAC a record, peak memory {cost['peak_mib']:,} MiB a process{rate}"
+
+
 def autocast(device: torch.device, amp: str):
     """(a function that opens an autocast context, a gradient scaler) for --amp; only fp16 needs the scaler to do anything."""
     if amp == "auto":

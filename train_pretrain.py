@@ -143,6 +143,8 @@ def main(config: PretrainConfig) -> dict:
             r_at_k = " ".join(f"R@{k} {metrics[f'r{k}']:.2f} %" for k in validator.k)
             print(f"epoch {epoch + 1}/{config.epochs} | train loss {entry['train_loss']:.4f} | validation loss {metrics['val_loss']:.4f} | {r_at_k}", flush=True)
             validator.warn(metrics["val_loss"])
+    spent = selfmis.cost([model.encoder, teacher], view, ranks.device) | dict(records_per_second=clock.rate())
+    ranks.print(f"cost: {selfmis.say_cost(spent)} trained; both encoders")
     chance = 100 / len(val.usable)
     labelled = [root for kind, root in all_records.sources if kind == "ptb-xl"]
     data = "" if config.data == DEMO["data"] else f" --data {labelled[0] if labelled else 'ptb-xl'}"

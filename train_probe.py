@@ -6,6 +6,7 @@
 
 Trains on all folds but two, chooses on the validation fold, and touches the test fold once, at the end.  Writes
 OUT/probe.pt, results.json, results.md, roc.png, predictions.npz and config.json; with --finetune best.pt and last.pt too.
+--fractions 0.25 0.5 1 --seeds 5 is Table 3; --rotate tests on every fold in turn; --compare RUN sets this run beside another.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,9 @@ class ProbeConfig(Config):
     finetune: bool = flag(False, "train the encoder together with its head")
     head: str = flag("both", "adam: the paper's; logistic: L2, solved to convergence, its strength chosen on the validation fold", choices=("adam", "logistic", "both"))
     seeds: int = flag(1, "train the heads this often, from seed, seed + 1, ...", type=int)
+    fractions: list[float] = flag([1.0], "shares of the training records whose labels are used, drawn at random for each seed (default: 1)", type=float, nargs="+", metavar="F")
+    rotate: bool = flag(False, "let every fold be the test fold once; for encoders that never saw labels of these data")
+    compare: list[str] = flag([], "folder of another run on the same test records: difference and its paired interval; repeatable", action="append", type=str, metavar="RUN")
     baseline: bool = flag(False, "probe a random encoder of the same size too, beside this one")
     patience: int = flag(5, "epochs without a better validation macro AUC before training stops", type=int)
 
@@ -52,6 +57,7 @@ def main(config: ProbeConfig) -> dict:
     ranks = selfmis.join_ranks(config.device, config.seed)
     if not config.data:
         config = selfmis.demo_settings(config, {k: v for k, v in DEMO.items() if k in ("data", "baseline") or config.encoder == "random"}, ranks)
+    check_flags(config)
     encoder = selfmis.open_encoder(config.encoder, 0, config.size)
     # A 12-lead encoder may be asked for one lead, so its own lead ("all") is only the default.
     lead_of = {config.encoder: encoder} if encoder is not None and not (encoder.leads == 12 and config.lead) else {}
@@ -71,32 +77,33 @@ def main(config: ProbeConfig) -> dict:
     records = records[~unlabelled]
     out = selfmis.open_run(config, ranks)
     if config.resume and (out / "results.json").exists():
-        then = json.loads((out / "results.json").read_text())["config"]
+        results = json.loads((out / "results.json").read_text())
         now = json.loads(json.dumps(dataclasses.asdict(config)))
-        if any(now[name] != then.get(name) for name in now if name not in selfmis.FREE_ON_RESUME):
+        if any(now[name] != results["config"].get(name) for name in now if name not in (*selfmis.FREE_ON_RESUME, "compare")):
             raise ValueError(f"--resume: {out} holds the results of other settings, see its config.json; give another --out, or --overwrite")
         ranks.print(f"{out}: finished already, see {out / 'results.md'}")
+        if ranks.first:
+            compare(out, config.compare)
         return {}
     pairs = selfmis.read_pairs(config, records, view, ranks, "records")
-    split = split_by_fold(records, pairs.usable, config)
+    splits = split_by_fold(records, pairs.usable, config)
+    split, test = splits[0], np.concatenate([split["test"] for split in splits])
     describe(config, records, split, int(unlabelled.sum()), view, encoder, ranks)
-    warn_if_seen(encoder.seen, records, config, ranks)
-
-    if not math.isfinite(macro(records.labels[split["val"]], np.zeros(records.labels[split["val"]].shape))):
-        raise ValueError(f"--val-fold {config.val_fold}: no statement has positives and negatives in its {len(split['val'])} records; give more data")
-    if config.finetune and (config.seeds > 1 or config.baseline):
-        raise ValueError("--finetune trains one network: repeat it with another --seed and --out instead of --seeds or --baseline")
+    warn_if_seen(encoder.seen, records, test, config, ranks)
+    for other in config.compare:
+        read_predictions(Path(other), records.labels[test], records.folds[test], records.patients[test])
     if ranks.first:
-        counts = {name: len(rows) for name, rows in split.items()} | dict(unlabelled=int(unlabelled.sum()), unusable=pairs.unusable)
+        counts = {name: len(rows) for name, rows in split.items()} | dict(tested=len(test), unlabelled=int(unlabelled.sum()), unusable=pairs.unusable)
         selfmis.write_json(out / "config.json", dict(config=dataclasses.asdict(config), view=view._asdict(), records=counts, world=ranks.world, **selfmis.environment()))
 
     y = records.labels.astype(np.float32)
     shown = Shown(encoder, pairs, view, ranks)
     if config.finetune:
+        split["train"] = part_of(split["train"], config.fractions[0], config.seed)
         content, logits = finetune(config, shown, y, split, out, ranks)
-        heads = {"finetune": [(*content["head"], logits[split["test"]])]}
+        heads = {"finetune": [Fit(config.seed, config.fractions[0], *content["head"], logits[test])]}
     else:
-        rows = np.concatenate(list(split.values()))
+        rows = np.unique(np.concatenate([part for split in splits for part in split.values()]))
         features = {"": shown.features(rows)}
         content = selfmis.encoder_content(encoder, view, encoder.seen)
         if config.baseline and config.encoder != "random":
@@ -105,29 +112,32 @@ def main(config: ProbeConfig) -> dict:
             features[", random encoder"] = shown.features(rows)
         heads = {}
         for whose, x in features.items() if ranks.first else ():
-            heads |= {head + whose: runs for head, runs in train_heads(config, x, y, split, ranks).items()}
+            heads |= {head + whose: fits for head, fits in train_heads(config, x, y, splits, ranks).items()}
     ranks.barrier()
     if not ranks.first:
         return {}
 
-    test = split["test"]
-    results = evaluate(heads, records.labels[test], records.patient_keys()[test], config)
+    results = evaluate(heads, records.labels[test], records.folds[test], records.patient_keys()[test])
+    results |= dict(config=dataclasses.asdict(config), cost=shown.cost(), minutes=(time.time() - started) / 60)
     first = next(iter(heads))
-    weight, bias, _ = heads[first][0]
-    settings = dict(config=dataclasses.asdict(config), **selfmis.environment())
-    head_seen = selfmis.data_seen(records[split["train"]], labels=True)
-    selfmis.save(out / "probe.pt", content | dict(kind="probe", head=(weight, bias), classes=list(STATEMENTS), head_seen=head_seen, **settings))
-    arrays = {f"logits_{name.replace(', ', '_').replace(' ', '_')}": np.stack([run[2] for run in runs]).astype(np.float32) for name, runs in heads.items()}
-    arrays |= dict(logits=heads[first][0][2].astype(np.float32), labels=records.labels[test], fold=records.folds[test], patient=records.patients[test])
-    arrays["record"] = np.array([records.name(i) for i in test])
-    selfmis.write_atomically(out / "predictions.npz", lambda file: np.savez_compressed(file, **arrays))
-    results |= dict(config=dataclasses.asdict(config), minutes=(time.time() - started) / 60)
+    if not config.rotate:
+        fit = at_full(heads[first])[0]
+        head_seen = selfmis.data_seen(records[split["train"]], labels=True)
+        content |= dict(kind="probe", head=(fit.weight, fit.bias), classes=list(STATEMENTS), head_seen=head_seen, config=results["config"])
+        selfmis.save(out / "probe.pt", content | selfmis.environment())
+    arrays = {"logits_" + name.replace(", ", "_").replace(" ", "_"): np.stack([fit.logits for fit in at_full(fits)]).astype(np.float32) for name, fits in heads.items()}
+    arrays |= dict(labels=records.labels[test], fold=records.folds[test], patient=records.patients[test], record=np.array([records.name(i) for i in test]))
+    selfmis.write_atomically(out / "predictions.npz", lambda file: np.savez_compressed(file, logits=arrays[next(iter(arrays))][0], **arrays))
     table = as_table(results)
-    (out / "results.md").write_text(f"{config.encoder}, lead {view.lead}, {view.sample_rate_hz:g} Hz, test fold {config.test_fold}\n\n{table}\n")
-    draw_roc(out / "roc.png", heads[first][0][2], records.labels[test], results)
+    if len(config.fractions) > 1:
+        table += f"\n\nAUC by share of the training labels, mean ± standard deviation over {config.seeds} seed(s)\n{as_fractions(results['runs'])}"
+    folds = f"fold {config.test_fold}" if not config.rotate else "each fold in turn"
+    (out / "results.md").write_text(f"{config.encoder}, lead {view.lead}, {view.sample_rate_hz:g} Hz, tested on {folds}\n\n{table}\n")
+    draw_roc(out / "roc.png", within_folds(at_full(heads[first])[0].logits, records.folds[test]), records.labels[test], results)
+    ranks.print(f"\nAUC on {folds}, {len(test):,} records of {len(np.unique(records.patient_keys()[test])):,} patients; in brackets the 95 % bootstrap interval by patient\n{table}")
     selfmis.write_json(out / "results.json", nan_to_none(results))  # last: with it the run is finished
-    ranks.print(f"\nAUC on test fold {config.test_fold}, {len(test):,} records of {len(np.unique(records.patients[test])):,} patients; in brackets the 95 % bootstrap interval by patient\n{table}")
-    ranks.print(f"{results['minutes']:.1f} min; written to {out}")
+    compare(out, config.compare)
+    ranks.print(f"{shown.said()}\n{results['minutes']:.1f} min; written to {out}")
     return results
 
 
@@ -136,18 +146,38 @@ def main(config: ProbeConfig) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def split_by_fold(records: Records, usable: np.ndarray, config: ProbeConfig) -> dict[str, np.ndarray]:
-    """Rows of train, val and test; no patient in two of them."""
+def check_flags(config: ProbeConfig) -> None:
+    if not all(0 < fraction <= 1 for fraction in config.fractions):
+        raise ValueError(f"--fractions {' '.join(map(str, config.fractions))}: expected shares of the training records, above 0 and at most 1")
+    if config.finetune and (config.seeds > 1 or config.baseline or config.rotate or len(config.fractions) > 1):
+        raise ValueError("--finetune trains one network: repeat it with another --seed, --fractions and --out instead of --seeds, --baseline, --rotate or several fractions")
+
+
+def split_by_fold(records: Records, usable: np.ndarray, config: ProbeConfig) -> list[dict[str, np.ndarray]]:
+    """Rows of train, val and test, no patient in two of them; with --rotate once for each test fold, the fold before it for val."""
     folds = records.folds[usable]
-    split = {"train": usable[(folds != config.val_fold) & (folds != config.test_fold)], "val": usable[folds == config.val_fold], "test": usable[folds == config.test_fold]}
-    for name, rows in split.items():
-        if not len(rows):
-            have = ", ".join(map(str, np.unique(folds)))
-            raise ValueError(f"no usable record to {name} on (--val-fold {config.val_fold}, --test-fold {config.test_fold}); there are records of the folds {have}")
-    patients = [set(records.patient_keys()[rows].tolist()) for rows in split.values()]
-    if patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2]:
-        raise ValueError("a patient has records in two of the three parts; check strat_fold in ptbxl_database.csv")
-    return split
+    have = np.unique(folds)
+    turns = list(zip(np.roll(have, 1), have)) if config.rotate and len(have) > 2 else [(config.val_fold, config.test_fold)]
+    splits = []
+    for val, test in turns:
+        split = {"train": usable[(folds != val) & (folds != test)], "val": usable[folds == val], "test": usable[folds == test]}
+        for name, rows in split.items():
+            if not len(rows):
+                raise ValueError(f"no usable record to {name} on (--val-fold {val}, --test-fold {test}); there are records of the folds {', '.join(map(str, have))}")
+        patients = [set(records.patient_keys()[rows].tolist()) for rows in split.values()]
+        if patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2]:
+            raise ValueError("a patient has records in two of the three parts; check strat_fold in ptbxl_database.csv")
+        if not math.isfinite(macro(records.labels[split["val"]], np.zeros(records.labels[split["val"]].shape))):
+            raise ValueError(f"--val-fold {val}: no statement has positives and negatives in its {len(split['val'])} records; give more data")
+        splits.append(split)
+    return splits
+
+
+def part_of(rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """A random share of the training records, as in the paper's Table 3: rare types may vanish.  Smaller shares lie in larger ones."""
+    if fraction == 1:
+        return rows
+    return np.sort(np.random.default_rng(seed).permutation(rows)[: max(1, round(fraction * len(rows)))])
 
 
 def describe(config: ProbeConfig, records: Records, split: dict, unlabelled: int, view, encoder, ranks: Ranks) -> None:
@@ -161,12 +191,16 @@ def describe(config: ProbeConfig, records: Records, split: dict, unlabelled: int
     )
 
 
-def warn_if_seen(seen: list[dict], records: Records, config: ProbeConfig, ranks: Ranks) -> None:
-    """Training data of the encoder or its teacher among the test records."""
+def warn_if_seen(seen: list[dict], records: Records, test: np.ndarray, config: ProbeConfig, ranks: Ranks) -> None:
+    """Training data of the encoder or its teacher among the test records; after labels of these data no rotation."""
+    tested = set(np.unique(records.folds[test]).tolist())
     for kind, _ in records.sources:
         for entry in seen:
-            if entry["data"] == kind and config.test_fold in entry.get("folds", range(1, 11)):
-                ranks.print(f"warning: the encoder or its teacher was trained on fold {config.test_fold} of {kind} {'with' if entry['labels'] else 'without'} labels; the test is not clean")
+            folds = sorted(tested & set(entry.get("folds", range(1, 11)))) if entry["data"] == kind else []
+            if config.rotate and folds and entry["labels"]:
+                raise ValueError(f"--rotate: {config.encoder} or its teacher was trained with labels of {kind}, folds {', '.join(map(str, folds))}, so they cannot test it; leave --rotate out")
+            if folds:
+                ranks.print(f"warning: the encoder or its teacher was trained on fold {', '.join(map(str, folds))} of {kind} {'with' if entry['labels'] else 'without'} labels; the test is not clean")
 
 
 class Shown:
@@ -174,6 +208,7 @@ class Shown:
 
     def __init__(self, encoder: ResNet1D, pairs: Pairs, view, ranks: Ranks):
         self.encoder, self.pairs, self.view, self.ranks = encoder, pairs, view, ranks
+        self.records_per_second = math.nan  # of the encoder, by all processes together
 
     def batches(self, rows):
         for signals, _ in self.pairs.batches(rows):
@@ -185,13 +220,21 @@ class Shown:
 
     def features(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the rows (N, D) float32, at their own row numbers; one pass, shared by all processes."""
-        mine = rows[self.ranks.rank :: self.ranks.world]
+        mine, started = rows[self.ranks.rank :: self.ranks.world], time.time()
         self.encoder.eval()
         batches = [mine[i : i + 256] for i in range(0, len(mine), 256)]
         parts = [torch.empty(0, self.encoder.embedding_dim)] + [selfmis.embed(self.encoder, signals, self.ranks.device) for signals in self.batches(batches)]
         features = np.zeros((len(self.pairs.dataset), self.encoder.embedding_dim), np.float32)
         features[rows] = self.ranks.gather_rows(torch.cat(parts), len(rows)).numpy()
+        self.records_per_second = len(rows) / (time.time() - started)
         return features
+
+    def cost(self) -> dict:
+        """Table 4: what one record asks of the encoder, and this run of the machine."""
+        return selfmis.cost([self.encoder], self.view, self.ranks.device) | dict(records_per_second=self.records_per_second)
+
+    def said(self) -> str:
+        return "cost: " + selfmis.say_cost(self.cost()) + " embedded"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,17 +242,36 @@ class Shown:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, split: dict, ranks: Ranks) -> dict[str, list]:
-    """{head: [(weight (K, D), bias (K,), test logits) for each seed]}; the test fold is scored and nothing else."""
-    x, target = {name: torch.from_numpy(features[rows]) for name, rows in split.items()}, {name: torch.from_numpy(y[rows]) for name, rows in split.items()}
-    heads = {}
-    for head in ("adam", "logistic") if config.head == "both" else (config.head,):
-        heads[head] = []
-        for seed in range(config.seed, config.seed + (config.seeds if head == "adam" else 1)):  # logistic has one solution
-            fit = adam_head if head == "adam" else logistic_head
-            weight, bias, said = fit(x["train"], target["train"], x["val"], target["val"], config, seed)
-            ranks.print(f"{head} head, seed {seed}: {said}")
-            heads[head].append((weight, bias, (x["test"] @ weight.T + bias).numpy()))
+class Fit(NamedTuple):
+    """A trained head and what it says of the test records."""
+
+    seed: int
+    fraction: float
+    weight: torch.Tensor  # (K, D)
+    bias: torch.Tensor  # (K,)
+    logits: np.ndarray  # (N, K)
+
+
+def at_full(fits: list[Fit]) -> list[Fit]:
+    """Those with the most labels, which the results are about."""
+    return [fit for fit in fits if fit.fraction == max(fit.fraction for fit in fits)]
+
+
+def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits: list[dict], ranks: Ranks) -> dict[str, list[Fit]]:
+    """Every head, fraction and seed; the test folds are scored and nothing else.  Of several splits the last head is kept."""
+    x, target, heads = torch.from_numpy(features), torch.from_numpy(y), {}
+    for head, train in (("adam", adam_head), ("logistic", logistic_head)):
+        for fraction in sorted(config.fractions, reverse=True) if config.head in (head, "both") else ():
+            for seed in range(config.seed, config.seed + config.seeds):
+                if head == "logistic" and fraction == 1 and seed > config.seed:
+                    continue  # it has one solution
+                logits = []
+                for split in splits:
+                    rows, val = part_of(split["train"], fraction, seed), split["val"]
+                    weight, bias, said = train(x[rows], target[rows], x[val], target[val], config, seed)
+                    logits.append((x[split["test"]] @ weight.T + bias).numpy())
+                    ranks.print(f"{head} head, seed {seed}{f', {len(rows):,} labels' if fraction < 1 else ''}: {said}")
+                heads.setdefault(head, []).append(Fit(seed, fraction, weight, bias, np.concatenate(logits)))
     return heads
 
 
@@ -397,19 +459,65 @@ def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(heads: dict[str, list], y: np.ndarray, patients: np.ndarray, config: ProbeConfig) -> dict:
+def evaluate(heads: dict[str, list[Fit]], y: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> dict:
     """results.json without its settings.  Intervals are bootstrap percentiles by patient, of the mean over seeds."""
     results, runs = {}, []
-    for head, fitted in heads.items():
-        aucs, draws = [], []
-        for seed, (_, _, logits) in enumerate(fitted, config.seed):
-            auc = selfmis.macro_auc(y, logits)[1]
-            draws.append(selfmis.bootstrap_auc(y, logits, patients))
-            aucs.append(auc)
+    for head, fits in heads.items():
+        for fit in fits:
+            auc = selfmis.macro_auc(y, within_folds(fit.logits, folds))[1]
             groups = {group: float(np.nanmean(auc[columns(group)])) for group in GROUPS}
-            runs.append(dict(seed=seed, fraction=1.0, head=head, **groups, types={t: float(auc[STATEMENTS.index(t)]) for t in MI_TYPES}))
-        results[head] = summarize(np.mean(aucs, 0), np.mean(draws, 0), y)
+            runs.append(dict(seed=fit.seed, fraction=fit.fraction, head=head, **groups, types={t: float(auc[STATEMENTS.index(t)]) for t in MI_TYPES}))
+        results[head] = summarize(*mean_auc([fit.logits for fit in at_full(fits)], y, folds, patients), y)
     return dict(**results[next(iter(heads))], heads=results, runs=runs)
+
+
+def within_folds(logits: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Scores (N, K) that can be ranked together: of several folds, each with a head of its own, the percentile in the fold."""
+    if len(np.unique(folds)) == 1:
+        return logits
+    from scipy.stats import rankdata
+
+    percentile = np.empty_like(logits)
+    for fold in np.unique(folds):
+        percentile[folds == fold] = rankdata(logits[folds == fold], axis=0) / (1 + (folds == fold).sum())
+    return percentile
+
+
+def mean_auc(logits, y: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds of the AUC (K,) and of its bootstrap draws (R, K)."""
+    scores = [within_folds(one, folds) for one in logits]
+    return np.mean([selfmis.macro_auc(y, one)[1] for one in scores], 0), np.mean([selfmis.bootstrap_auc(y, one, patients) for one in scores], 0)
+
+
+def read_predictions(folder: Path, labels: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> dict:
+    """{head: test logits (seeds, N, K)} of another run; ValueError unless it was tested on the same records."""
+    try:
+        with np.load(folder / "predictions.npz") as saved:
+            arrays = dict(saved)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--compare {folder}: no readable predictions.npz in it; give the folder of a finished run of train_probe.py") from error
+    if not all(np.array_equal(arrays.get(name), own) for name, own in (("labels", labels), ("fold", folds), ("patient", patients))):
+        raise ValueError(f"--compare {folder}: its {len(arrays.get('labels', ())):,} test records are not this run's {len(labels):,}; both need the same --data, --test-fold and --limit")
+    return {name.removeprefix("logits_"): value for name, value in arrays.items() if name.startswith("logits_")}
+
+
+def compare(out: Path, others: list[str]) -> None:
+    """This finished run minus others, head by head (or, where the other has no such head, its first); into results.json and results.md."""
+    if not others:
+        return
+    with np.load(out / "predictions.npz") as saved:
+        test = saved["labels"], saved["fold"], saved["patient"]
+    results = json.loads((out / "results.json").read_text())
+    compared = results.setdefault("compared", {})
+    mine = {head: mean_auc(logits, *test) for head, logits in read_predictions(out, *test).items()}
+    for other in others:
+        theirs = {head: mean_auc(logits, *test) for head, logits in read_predictions(Path(other), *test).items()}
+        pairs = {head: head if head in theirs else next(iter(theirs)) for head in mine}
+        compared[other] = {f"{a} - {b}": summarize(mine[a][0] - theirs[b][0], mine[a][1] - theirs[b][1], test[0]) for a, b in pairs.items()}
+    said = [f"\nthis run minus {other}: difference of AUC with its 95 % interval, paired by patient\n{as_table(dict(heads=c, types=results['types']), '{:+.3f}')}\n" for other, c in compared.items()]
+    print("".join(said), flush=True)
+    (out / "results.md").write_text((out / "results.md").read_text().split("\nthis run minus ")[0] + "".join(said))
+    selfmis.write_json(out / "results.json", nan_to_none(results))
 
 
 def columns(group: str) -> list[int]:
@@ -441,20 +549,36 @@ def nan_to_none(content):
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
-def as_table(results: dict) -> str:
+def as_table(results: dict, form: str = "{:.3f}") -> str:
     """The nine types and the three means, a column for each head, as Markdown."""
     heads = results["heads"]
-    cell = lambda auc, low, high: "absent" if math.isnan(auc) else f"{auc:.3f} ({low:.3f}-{high:.3f})"
-    lines = [f"| | positives | {' | '.join(f'{head:<21}' for head in heads)} |", "|---|--:|" + "---|" * len(heads)]
+
+    def cell(c: dict, key: str) -> str:
+        absent = c[key] is None or math.isnan(c[key])
+        return f"{'absent' if absent else '{} ({} to {})'.format(*(form.format(c[k]) for k in (key, 'low', 'high'))):<24}"
+
+    lines = [f"| | positives | {' | '.join(f'{head:<24}' for head in heads)} |", "|---|--:|" + "---|" * len(heads)]
     for t in MI_TYPES:
         cells = [summary["types"][t] for summary in heads.values()]
-        lines.append(f"| {t:<17} | {cells[0]['positives']:>4} | {' | '.join(cell(c['auc'], c['low'], c['high']) for c in cells)} |")
+        lines.append(f"| {t:<17} | {cells[0]['positives']:>4} | {' | '.join(cell(c, 'auc') for c in cells)} |")
     for group, name in NAMES.items():
         cells = [summary[group] for summary in heads.values()]
         total = sum(c["positives"] for t, c in results["types"].items() if t in GROUPS[group]) if group != "diagnostic" else ""
         missing = len(GROUPS[group]) - cells[0]["classes"]
         name += f" ({missing} absent)" if missing else ""
-        lines.append(f"| {name:<17} | {total:>4} | {' | '.join(cell(c['mean'], c['low'], c['high']) for c in cells)} |")
+        lines.append(f"| {name:<17} | {total:>4} | {' | '.join(cell(c, 'mean') for c in cells)} |")
+    return "\n".join(lines)
+
+
+def as_fractions(runs: list[dict]) -> str:
+    """Table 3: the same rows, a column for each head and share of the labels."""
+    cells = {}
+    for run in runs:
+        cells.setdefault(f"{run['head']}, {100 * run['fraction']:g} %", []).append([*(run["types"][t] for t in MI_TYPES), *(run[group] for group in GROUPS)])
+    lines = ["| | " + " | ".join(cells) + " |", "|---|" + "---|" * len(cells)]
+    for i, row in enumerate((*MI_TYPES, *NAMES.values())):
+        values = [[run[i] for run in rows] for rows in cells.values()]
+        lines.append(f"| {row} | " + " | ".join(f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") for v in values) + " |")
     return "\n".join(lines)
 
 

@@ -189,3 +189,81 @@ def test_finetuned_encoder_says_what_it_has_seen_and_is_a_teacher(tmp_path, ptbx
     capsys.readouterr()
     main(ProbeConfig(data=[str(ptbxl)], encoder=str(tmp_path / "aligned/best.pt"), val_fold=10, test_fold=8, head="adam", epochs=2, out=str(tmp_path / "p"), workers=0))
     assert "warning: the encoder or its teacher was trained on fold 8 of ptb-xl with labels" in capsys.readouterr().out
+
+
+def test_fractions_are_random_nested_shares_of_the_training_labels_alone(tmp_path, ptbxl, tiny, capsys):
+    """Table 3: validation and test stay; a run of its own with that share gives the same numbers; a small share is not the whole."""
+    rows = np.arange(100, 180)
+    half, quarter = (set(train_probe.part_of(rows, f, 3).tolist()) for f in (0.5, 0.25))
+    assert len(half) == 40 and len(quarter) == 20 and quarter < half < set(rows.tolist()) and half != set(train_probe.part_of(rows, 0.5, 4).tolist())
+    make = lambda out, **more: ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], out=str(tmp_path / out), epochs=3, workers=0, cache=str(tmp_path / "cache"), **more)
+    all_at_once = main(make("a", fractions=[0.25, 0.5, 1.0], seeds=2))
+    assert [(r["head"], r["fraction"], r["seed"]) for r in all_at_once["runs"]] == (
+        [("adam", f, s) for f in (1.0, 0.5, 0.25) for s in (0, 1)] + [("logistic", 1.0, 0)] + [("logistic", f, s) for f in (0.5, 0.25) for s in (0, 1)]
+    )
+    assert "| adam, 100 % | adam, 50 % | adam, 25 % | logistic, 100 %" in (tmp_path / "a/results.md").read_text()
+    alone = main(make("b", fractions=[0.5], seed=1))
+    one = next(r for r in all_at_once["runs"] if (r["head"], r["fraction"], r["seed"]) == ("logistic", 0.5, 1))
+    assert alone["runs"][1] == one and one["six"] != next(r for r in all_at_once["runs"] if (r["head"], r["fraction"]) == ("logistic", 1.0))["six"]
+    assert all_at_once["six"]["mean"] == pytest.approx(np.mean([r["six"] for r in all_at_once["runs"][:2]]))
+    with pytest.raises(ValueError, match="--fractions 1.5"):
+        main(make("c", fractions=[1.5]))
+
+
+def test_rotation_tests_every_record_once_with_a_head_that_never_saw_its_fold(tmp_path, ptbxl, tiny):
+    results = main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], rotate=True, head="adam", epochs=3, out=str(tmp_path / "all"), workers=0))
+    saved = np.load(tmp_path / "all/predictions.npz")
+    assert len(saved["labels"]) == len(set(saved["record"].tolist())) == 80 and results["types"]["IMI"]["positives"] == 10
+    alone = main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], head="adam", epochs=3, val_fold=3, test_fold=4, out=str(tmp_path / "four"), workers=0))
+    np.testing.assert_allclose(saved["logits"][saved["fold"] == 4], np.load(tmp_path / "four/predictions.npz")["logits"], rtol=1e-4, atol=1e-5)
+    assert alone["types"]["IMI"]["positives"] == 1 and not (tmp_path / "all/probe.pt").exists()
+
+
+def test_folds_are_ranked_on_their_own_before_they_are_joined():
+    """Heads of two folds whose logits lie apart: within each the order is perfect, so the joined AUC must be 1."""
+    folds, y = np.repeat([1, 2], 50), np.tile(np.arange(50) >= 40, 2).astype(int)[:, None]
+    logits = (np.tile(np.arange(50.0), 2) + 1000 * (folds == 2))[:, None]
+    assert selfmis.macro_auc(y, logits)[0] < 0.8 and selfmis.macro_auc(y, train_probe.within_folds(logits, folds))[0] == 1
+    assert train_probe.within_folds(logits[:50], folds[:50]) is not None and (train_probe.within_folds(logits[:50], folds[:50]) == logits[:50]).all()
+
+
+@pytest.mark.parametrize("labels, refused", [(True, True), (False, False)])
+def test_rotation_is_refused_after_labels_of_these_data(tmp_path, ptbxl, tiny, labels, refused, capsys):
+    content = torch.load(tiny[1], weights_only=True) | dict(seen=[{"data": "ptb-xl", "folds": [1, 2], "labels": labels}])
+    torch.save(content, tmp_path / "seen.pt")
+    config = ProbeConfig(data=[str(ptbxl)], encoder=str(tmp_path / "seen.pt"), rotate=True, head="adam", epochs=1, out=str(tmp_path / "out"), workers=0)
+    if refused:
+        with pytest.raises(ValueError, match="--rotate: .* trained with labels of ptb-xl, folds 1, 2"):
+            main(config)
+    else:
+        main(config)
+        assert "trained on fold 1, 2 of ptb-xl without labels" in capsys.readouterr().out
+
+
+def test_comparison_is_the_paired_difference(tmp_path, probed, ptbxl, tiny, capsys):
+    """Against a run of other seeds: difference of means and of bootstrap draws, by a loop over patients; against itself: 0."""
+    other = tmp_path / "other"
+    main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], out=str(other), epochs=4, seed=7, workers=0, compare=[str(probed)]))
+    results = json.loads((other / "results.json").read_text())
+    one, two = (np.load(folder / "predictions.npz") for folder in (other, probed))
+    k, y = selfmis.STATEMENTS.index("IMI"), one["labels"][:, selfmis.STATEMENTS.index("IMI")]
+    difference = selfmis.roc_auc(y, one["logits_adam"][0, :, k]) - np.mean([selfmis.roc_auc(y, run[:, k]) for run in two["logits_adam"]])
+    said = results["compared"][str(probed)]["adam - adam"]["types"]["IMI"]
+    assert said["auc"] == pytest.approx(difference) and said["low"] <= difference <= said["high"]
+    before = (other / "results.md").read_text()
+    for _ in range(2):  # a finished run is compared without another probe, and said once
+        main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], out=str(other), epochs=4, seed=7, workers=0, compare=[str(other)], resume=True))
+    text = (other / "results.md").read_text()
+    assert text.startswith(before) and text.count("this run minus") == 2
+    own = json.loads((other / "results.json").read_text())["compared"][str(other)]["logistic - logistic"]
+    assert own["six"]["mean"] == own["six"]["low"] == own["six"]["high"] == 0
+    with pytest.raises(ValueError, match="--compare .*nowhere.* no readable predictions.npz"):
+        main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], out=str(tmp_path / "c"), workers=0, compare=[str(tmp_path / "nowhere")]))
+    with pytest.raises(ValueError, match="--compare .* are not this run's 8"):
+        main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], test_fold=1, out=str(tmp_path / "d"), workers=0, compare=[str(other)]))
+
+
+def test_cost_counts_the_paper_s_multiply_accumulates():
+    """Table 4: both encoders 61.32 M with heads and 2.33 GMAC; by hand 1.1405 G and 1.1686 G with their heads."""
+    cost = selfmis.cost([selfmis.ResNet1D(1), selfmis.ResNet1D(12)], selfmis.View("I", 500, {}), torch.device("cpu"))
+    assert cost["parameters"] == 30_587_632 + 30_598_896 and cost["macs"] == pytest.approx(1.1403e9 + 1.1685e9, rel=1e-3)
