@@ -21,13 +21,16 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from fractions import Fraction
@@ -228,6 +231,15 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
     return encoder.eval()
 
 
+def with_empty_leads(signals: torch.Tensor, encoder: ResNet1D, lead: str) -> torch.Tensor:
+    """(B, 1, T) of one lead as a 12-lead encoder takes it, zeros in the other eleven; all else unchanged."""
+    if signals.shape[1] == encoder.leads:
+        return signals
+    whole = signals.new_zeros(len(signals), encoder.leads, signals.shape[2])
+    whole[:, lead_index(lead)] = signals[:, 0]
+    return whole
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Signals: from a record on disk to what an encoder sees
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,6 +256,12 @@ def read_ecg(record: str | os.PathLike, leads: Sequence[str] = LEADS, sample_rat
     The length is kept (`preprocess` sets it) and a flat lead is returned as it is (`SelfCuttingDataset` refuses it).
     Raises ValueError naming the record: missing or unreadable file, missing lead, unknown unit, no samples.
     """
+    ecg, rate = read_wfdb(record, leads)
+    return resample(ecg, rate, sample_rate_hz).astype(np.float32)
+
+
+def read_wfdb(record: str | os.PathLike, leads: Sequence[str]) -> tuple[np.ndarray, float]:
+    """read_ecg at the record's own rate: (len(leads), T) float64 in mV, and that rate in Hz."""
     record = str(record).removesuffix(".hea")
     if not os.path.isfile(record + ".hea"):
         raise ValueError(f"{record}.hea: there is no such header file")
@@ -266,8 +284,7 @@ def read_ecg(record: str | os.PathLike, leads: Sequence[str] = LEADS, sample_rat
     unknown = {units[i] for i in columns if units[i].strip().lower() not in MILLIVOLTS}
     if unknown:
         raise ValueError(f"{record}: unit {', '.join(sorted(unknown))} is not a voltage")
-    ecg = fill(signal[:, columns].T * np.array([[MILLIVOLTS[units[i].strip().lower()]] for i in columns]))
-    return resample(ecg, rate, sample_rate_hz).astype(np.float32)
+    return fill(signal[:, columns].T * np.array([[MILLIVOLTS[units[i].strip().lower()]] for i in columns])), rate
 
 
 def fill(ecg: np.ndarray) -> np.ndarray:
@@ -1081,26 +1098,33 @@ def synthesize(n: int, seed: int = 0, *, first: int = 0, types=None, stage=None,
     return (x, y, drawn) if details else (x, y)
 
 
-def plot_ecg(ecg: np.ndarray, path: str | os.PathLike, *, sample_rate_hz: float = 500, title: str = "") -> None:
-    """The usual chart of a 12-lead record (12, T) in mV: 25 mm/s, 10 mm/mV, 3 x 4 leads and a rhythm strip of II."""
+def ecg_paper(wide: float, tall: float, below: float = 0):
+    """A figure of that size in mm, `below` of it left free, and its axes in mm with the grid of ECG paper; the first row's zero is at y = 0."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure                      # no pyplot: the caller's backend and figures stay
     except ImportError:
-        raise ImportError("plot_ecg needs matplotlib, which is not installed: pip install matplotlib") from None
+        raise ImportError("drawing needs matplotlib, which is not installed: pip install matplotlib") from None
+    figure = Figure((wide / 25.4, (tall + below) / 25.4))
+    FigureCanvasAgg(figure)
+    share = below / (tall + below)
+    axes = figure.add_axes((0, share, 1, 1 - share), xlim=(-5, wide - 5), ylim=(-tall + 30, 30))
+    axes.axis("off")
+    for step, width in ((1, .25), (5, .6)):
+        axes.vlines(np.arange(0, wide - 9.9, step), -tall + 35, 20, colors="#f0b4b4", linewidths=width)
+        axes.hlines(np.arange(-tall + 35, 20.1, step), 0, wide - 10, colors="#f0b4b4", linewidths=width)
+    return figure, axes
+
+
+def plot_ecg(ecg: np.ndarray, path: str | os.PathLike, *, sample_rate_hz: float = 500, title: str = "") -> None:
+    """The usual chart of a 12-lead record (12, T) in mV: 25 mm/s, 10 mm/mV, 3 x 4 leads and a rhythm strip of II."""
     ecg = np.asarray(ecg, float)
     if ecg.ndim != 2 or len(ecg) != 12 or not 1 <= ecg.shape[1] / sample_rate_hz:
         raise ValueError(f"ecg has shape {ecg.shape}: plot_ecg draws (12, T) in mV, one second or longer")
     ecg = ecg[:, :int(10 * sample_rate_hz)]
     seconds = ecg.shape[1] / sample_rate_hz
     wide, tall = 25 * seconds + 10, 140                           # mm: paper in true size
-    figure = Figure((wide / 25.4, tall / 25.4))
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(-5, wide - 5), ylim=(-tall + 30, 30))
-    axes.axis("off")
-    for step, width in ((1, .25), (5, .6)):
-        axes.vlines(np.arange(0, wide - 9.9, step), -tall + 35, 20, colors="#f0b4b4", linewidths=width)
-        axes.hlines(np.arange(-tall + 35, 20.1, step), 0, wide - 10, colors="#f0b4b4", linewidths=width)
+    figure, axes = ecg_paper(wide, tall)
     mm = 25 * np.arange(ecg.shape[1]) / sample_rate_hz
 
     def trace(lead, row, start, stop):
@@ -1113,6 +1137,286 @@ def plot_ecg(ecg: np.ndarray, path: str | os.PathLike, *, sample_rate_hz: float 
     trace(1, 3, 0, ecg.shape[1])
     axes.text(0, 23, f"{title}   25 mm/s, 10 mm/mV".strip(), fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Detection: from somebody's own recording to probabilities
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Answer(nn.Module):
+    """Encoder, head and temperature as one network: (B, L, T) -> (B, 9) calibrated probabilities of MI_TYPES.
+
+    zscore=False takes what `preprocess` returns, zscore=True 10 s in mV, which is what is exported.
+    """
+
+    def __init__(self, encoder: ResNet1D, content: dict, zscore: bool = False):
+        super().__init__()
+        columns = [content["classes"].index(t) for t in MI_TYPES]
+        self.encoder, self.lead, self.temperature, self.zscore = encoder, content["lead"], content["temperature"], zscore
+        self.register_buffer("weight", content["head"][0][columns])
+        self.register_buffer("bias", content["head"][1][columns])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.zscore:
+            x = x - x.mean((1, 2), keepdim=True)
+            x = x / x.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+        z = self.encoder(with_empty_leads(x, self.encoder, self.lead))
+        return torch.sigmoid(F.linear(z, self.weight, self.bias) / self.temperature)
+
+
+class Detector:
+    """Probabilities of the nine infarct types in a recording; `load_detector` makes it.
+
+    detector(ecg, sample_rate_hz): ecg in mV, one recording (T,) or (L, T), or several of one length (N, L, T), at any rate
+    -> {type: probability}, floats or arrays (N,).  L is 1, or 12 for a probe of all leads.  Of more than 10 s, windows of
+    10 s are spread evenly over the recording (they overlap where it is no multiple) and their probabilities averaged, flat
+    windows left out; 2.5 to 10 s are padded as in `preprocess`.  ValueError: another shape, too short, flat throughout.
+
+    Attributes: leads, sample_rate_hz, preprocessing; points {name: {type: (threshold, sensitivity, specificity)}} on the
+    validation fold, positives {type: how many of it the validation fold has}; content, the whole checkpoint.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        content = self.content = read_checkpoint(path)
+        if "temperature" not in content:
+            raise ValueError(f"{path}: no calibrated head in it; give the probe.pt that train_probe.py writes")
+        encoder = load_encoder(path)
+        self.leads = LEADS if encoder.lead == "all" else (encoder.lead,)
+        self.sample_rate_hz, self.preprocessing = encoder.sample_rate_hz, encoder.preprocessing
+        self.answer = Answer(encoder, content).eval()
+        column = content["classes"].index
+        self.points = {name: {t: tuple(point[column(t)].tolist()) for t in MI_TYPES} for name, point in content["points"].items()}
+        self.positives = {t: int(content["positives"][column(t)]) for t in MI_TYPES}
+
+    @torch.no_grad()
+    def __call__(self, ecg: np.typing.ArrayLike, sample_rate_hz: float) -> dict:
+        ecg, L = np.asarray(ecg, np.float64), len(self.leads)
+        batch = ecg.reshape((1,) * (3 - ecg.ndim) + ecg.shape) if 1 <= ecg.ndim <= 3 else ecg
+        if batch.ndim != 3 or batch.shape[1] != L:
+            raise ValueError(f"a recording of shape {ecg.shape}: expected ({L}, samples){', or (samples,)' if L == 1 else ''}; several as (recordings, {L}, samples)")
+        batch = np.stack([resample(fill(one), sample_rate_hz, self.sample_rate_hz) for one in batch])
+        width, T = round(10 * self.sample_rate_hz), batch.shape[2]
+        starts = np.linspace(0, max(0, T - width), max(1, round(T / width))).round().astype(int)
+        mean = []
+        for one in batch:
+            windows = [one[:, start:][:, :width] for start in starts]
+            windows = [preprocess(w, sample_rate_hz=self.sample_rate_hz, **self.preprocessing) for w in windows if np.ptp(w, axis=1).all()]
+            if not windows:
+                raise ValueError("the recording is flat")
+            parts = torch.from_numpy(np.stack(windows)).split(32)  # a recording of 24 hours has 8,640 windows
+            mean.append(torch.cat([self.answer(part) for part in parts]).mean(0))
+        mean = torch.stack(mean).numpy()
+        return {t: mean[:, k] if ecg.ndim == 3 else float(mean[0, k]) for k, t in enumerate(MI_TYPES)}
+
+
+def load_detector(path: str | os.PathLike) -> Detector:
+    """The detector of a probe.pt, on the CPU."""
+    return Detector(path)
+
+
+def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate_hz: float | None = None, unit: str | None = None, column: str | None = None):
+    """((L, T) float64 in mV, sample rate in Hz, warnings) of a WFDB record, a .npy array or a table in text.
+
+    .npy: (T,), (L, T) or (T, L), twelve leads in the order of LEADS.  Text (.csv, .tsv, .txt): columns separated by comma,
+    semicolon, tab or blanks, decimal point or comma, above them any header lines, in which names, unit and rate are looked
+    for; a column of time gives the rate too.  The arguments go before what the file says; unit defaults to mV.
+    Raises ValueError naming the file: unreadable, no such lead, rate unknown, no finite sample.
+    """
+    path, said = str(path), []
+    if path.endswith(".npy"):
+        try:
+            table = np.atleast_2d(np.load(path, allow_pickle=False).astype(np.float64))
+        except (ValueError, TypeError, EOFError) as error:
+            raise ValueError(f"{path}: not an array of numbers ({error})") from error
+        table = table.T if table.ndim == 2 and len(table) in (1, 12) else table
+        names, header, text_rate = [], "", None
+    elif path.endswith((".csv", ".tsv", ".txt")):
+        header, names, table = read_text(path)
+        text_rate = re.search(r"(?i)([\d.,]+)\s*(?:hz|hertz)|(?:sampl\w*|frequency|rate|fs)\W+([\d.,]+)", header)
+        text_rate = text_rate and float((text_rate[1] or text_rate[2]).strip(".,").replace(",", "."))
+    else:
+        ecg, rate = read_wfdb(path, leads)
+        if sample_rate_hz and sample_rate_hz != rate:
+            said.append(f"--sample-rate {sample_rate_hz:g} contradicts the header's {rate:g} Hz; {sample_rate_hz:g} is used")
+        return ecg, sample_rate_hz or rate, said
+    if table.ndim != 2 or not 1 <= table.shape[1] <= 64:
+        raise ValueError(f"{path}: an array of shape {table.shape}: expected samples of one lead or of twelve")
+
+    time_rate, first = None, np.diff(table[:, 0])
+    if table.shape[1] > 1 and len(first) and (first > 0).all() and np.ptp(first) < 0.1 * np.median(first) + 0.0011 * (np.median(first) < 0.1):
+        step = (table[-1, 0] - table[0, 0]) / len(first) * (1e-3 if re.search(r"(?i)\bms\b|_ms|milli", names[0] if names else "") else 1)
+        time_rate = 1 / step if step != 1 else None  # a step of 1 numbers the samples
+        table, names = table[:, 1:], names[1:]
+    rates = {"--sample-rate": sample_rate_hz, "header": text_rate, "time column": time_rate}
+    rates = {source: rate for source, rate in rates.items() if rate}
+    if not rates:
+        raise ValueError(f"{path}: its sample rate is not known; give --sample-rate")
+    rate = next(iter(rates.values()))
+    if any(abs(other / rate - 1) > 0.01 for other in rates.values()):
+        said.append(f"contradicting sample rates ({', '.join(f'{r:g} Hz by the {source}' for source, r in rates.items())}); {rate:g} Hz is used")
+
+    plain = [re.sub(r"(?i)[^a-z0-9]|lead|ecg|ekg|[nuµμm]v$", "", re.sub(r"\(.*|\[.*", "", name)).upper() for name in names]
+    if column is not None and len(leads) == 1:
+        chosen = [names.index(column) if column in names else int(column) - 1 if column.isdigit() else -1]
+    elif all(lead.upper() in plain for lead in leads):
+        chosen = [plain.index(lead.upper()) for lead in leads]
+    else:  # one column for one lead, or twelve without names
+        chosen = list(range(len(leads))) if table.shape[1] == len(leads) and not set(plain) & {lead.upper() for lead in LEADS} else [-1]
+        chosen = [LEADS.index(leads[0])] if len(leads) == 1 and table.shape[1] == 12 and not any(plain) else chosen
+    if not all(0 <= c < table.shape[1] for c in chosen):
+        raise ValueError(f"{path}: no column for lead {', '.join(leads)} in {table.shape[1]} ({', '.join(names) or 'without names'}); give --column NAME or its number")
+    found = re.search(r"(?i)(?<![a-z])([nuµμm]v)(?![a-z])|unit\w*\W+(v)\b", " ".join([header, *names]))
+    ecg = table[:, chosen].T * MILLIVOLTS[(unit or (found[1] or found[2] if found else "mV")).lower()]
+    if not np.isfinite(ecg).any():
+        raise ValueError(f"{path}: no sample of lead {', '.join(leads)} is a number")
+    return fill(ecg), rate, said
+
+
+def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
+    """(header lines, names of columns, table (rows, columns)) of a delimited text file; an empty cell is NaN."""
+    raw = Path(path).read_bytes()
+    if len(raw) > 2**28 or b"\0" in raw[:4096]:
+        raise ValueError(f"{path}: {'larger than 256 MiB' if len(raw) > 2**28 else 'binary'}, so not a recording as text")
+    try:
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        lines = raw.decode("latin-1").splitlines()
+    lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip().strip(",;")]
+    tail = [line for _, line in lines[-50:]]
+    separator = next((c for c in ";\t" if tail and all(c in line for line in tail)), "," if any("," in line for line in tail) else None)
+    comma = separator != "," and any("," in line for line in tail)  # the decimal sign
+    if separator == "," and max(line.count(",") for line in tail) == 1 and not any("." in line for line in tail):
+        halves = [line.strip('"').partition(",") for line in tail]
+        steps = {int(b[0]) - int(a[0]) for a, b in zip(halves, halves[1:]) if a[0].lstrip("-").isdigit() and b[0].lstrip("-").isdigit()}
+        if all(rest.isdigit() or not rest for _, _, rest in halves) and len(steps) > 1:  # one column, as in a watch's export; no time before it
+            separator, comma = None, True
+
+    def cells(line: str) -> list[str]:
+        parts = [part.strip().strip('"').strip() for part in (line.split(separator) if separator else line.split())]
+        return [part.replace(",", ".") for part in parts] if comma else parts
+
+    def number(cell: str) -> float | None:
+        try:
+            return float(cell) if cell else math.nan
+        except ValueError:
+            return None
+
+    rows, header, names = [], [], []
+    for where, line in lines:
+        values = [number(cell) for cell in cells(line)]
+        if not rows and None in values:
+            header.append(line)
+            names = [name.strip().strip('"').strip() for name in (line.split(separator) if separator else line.split())]
+        elif None in values or (rows and len(values) != len(rows[0])):
+            raise ValueError(f"{path}, line {where}: {line[:40]!r} are not {len(rows[0])} number(s) as in the lines above")
+        else:
+            rows.append(values)
+    if len(rows) < 2:
+        raise ValueError(f"{path}: no column of numbers in it")
+    return "\n".join(header), names if len(names) == len(rows[0]) else [], np.array(rows)
+
+
+def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]) -> list[str]:
+    """What looks wrong with a recording (L, T) in mV, a sentence each.  Limits are from PTB-XL, folds 1-8, at 100 Hz."""
+    from scipy.signal import medfilt
+
+    said = []
+    for lead, x in zip(leads, ecg):
+        low, high = np.quantile(x, [0.005, 0.995])
+        changes = np.flatnonzero(np.diff(x, prepend=np.nan, append=np.nan))
+        still = np.diff(changes).max() / sample_rate_hz
+        if still >= 1:
+            said.append(f"lead {lead} does not change for {still:.1f} s: an electrode may be off")
+        elif (x == x.max()).mean() + (x == x.min()).mean() > 0.02:
+            said.append(f"lead {lead} is cut off at {x.min():.2f} or {x.max():.2f} mV: the amplifier was saturated")
+        if high - low > 10 or 0 < high - low < 0.05:
+            said.append(f"lead {lead} spans {high - low:.3g} mV: {'are these microvolts? give --unit uV' if high > low + 10 else 'is the unit right? give --unit'}")
+        width = 2 * round(0.025 * sample_rate_hz) + 1
+        fast = x - np.convolve(x, np.ones(width) / width, "same")
+        noise = 1.48 * np.median(np.abs(fast))  # of a beat only the QRS complex is as fast, and that is too short to count
+        if high > low and noise > 0.08 * (high - low):
+            said.append(f"lead {lead} is noisy: {1000 * noise:.0f} uV of noise in {high - low:.2f} mV")
+        if lead == "I" and len(x) > sample_rate_hz:
+            beat = resample(x[None], sample_rate_hz, 100)[0]
+            beat = beat - medfilt(beat, 61)
+            slow = np.convolve(beat, np.ones(9) / 9, "same")  # P and T waves; the rest is the QRS complex
+            skewness = lambda v: (v**3).mean() / max(1e-12, (v**2).mean()) ** 1.5
+            if skewness(beat - slow) + skewness(slow) / 2 < 0:
+                said.append("lead I points down: the arm electrodes may be swapped, or a watch worn on the other wrist")
+    return said
+
+
+def draw_detection(path: str | os.PathLike, ecg: np.ndarray, sample_rate_hz: float, title: str, answer: dict, points: dict) -> None:
+    """Up to 30 s of one lead (T,) in mV on ECG paper, and below it the probabilities as bars with their thresholds."""
+    width = int(10 * sample_rate_hz)
+    rows = min(3, -(-len(ecg) // width))
+    figure, axes = ecg_paper(260, 40 + 30 * rows, below=66)
+    for row in range(rows):
+        part = ecg[row * width : (row + 1) * width]
+        axes.plot(25 * np.arange(len(part)) / sample_rate_hz, np.clip(10 * (part - np.median(ecg)), -14, 19) - 30 * row, "k", linewidth=0.8)
+    axes.text(0, 23, f"{title}   25 mm/s, 10 mm/mV", fontsize=9)
+    bars = figure.add_axes((0.1, 14 / (106 + 30 * rows), 0.86, 48 / (106 + 30 * rows)), xlabel="probability", xlim=(0, max(0.1, 1.1 * max(*answer.values(), *(p[0] for p in points.values() if p[0] == p[0])))))
+    bars.barh(list(answer), list(answer.values()), color=["#c0392b" if p >= points[t][0] else "#7f8c8d" for t, p in answer.items()])
+    bars.plot([points[t][0] for t in answer], list(answer), "k|", markersize=12, label="threshold")
+    bars.invert_yaxis()
+    bars.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def export_detector(path: str | os.PathLike, out: str | os.PathLike) -> None:
+    """A detector as OUT.onnx or OUT.pt2: input `ecg` (batch, L, 10 s) float32 in mV at its own rate -> `probability` (batch, 9) of MI_TYPES."""
+    detector, out = load_detector(path), str(out)
+    if detector.preprocessing["filter"] != "none":
+        raise ValueError(f"{path}: --filter {detector.preprocessing['filter']} cannot be exported, it is not a part of the network")
+    network = Answer(detector.answer.encoder, detector.content, zscore=detector.preprocessing["normalize"] == "zscore").eval()
+    example = (torch.zeros(2, len(detector.leads), round(10 * detector.sample_rate_hz)),)
+    program = torch.export.export(network, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    said = dict(types=" ".join(MI_TYPES), leads=" ".join(detector.leads), sample_rate_hz=f"{detector.sample_rate_hz:g}", unit="mV", seconds="10")
+    if out.endswith(".pt2"):
+        torch.export.save(program, out, extra_files={"about.json": json.dumps(said)})
+    elif out.endswith(".onnx"):
+        missing = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package) is None]
+        if missing:
+            raise ImportError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}, or export to .pt2")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it speaks of packages that are not needed here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its own use of its own parts
+            model = torch.onnx.export(program, dynamo=True, input_names=["ecg"], output_names=["probability"], verbose=False)
+        model.model.metadata_props.update(said)
+        model.save(out)
+    else:
+        raise ValueError(f"{out}: export writes .onnx or .pt2")
+
+
+def describe_checkpoint(path: str | os.PathLike) -> str:
+    """A checkpoint of any kind as a model card."""
+    content = read_checkpoint(path)
+    if "architecture" not in content:
+        return f"{path}\nnot written by selfmis; top level: {', '.join(map(str, content))}"
+    config, encoder = content.get("config", {}), ResNet1D(**content["architecture"])
+
+    def seen(entries: list[dict]) -> str:
+        said = [f"{e['data']}, {e.get('records', 'unknown')} records {'with' if e['labels'] else 'without'} labels, folds {' '.join(map(str, e.get('folds', ['?'])))}" for e in entries]
+        return "; ".join(said) or "nothing"
+
+    lines = [
+        f"{path}: {content.get('kind', 'encoder')}, written {content.get('date', 'at an unknown time')} with torch {content.get('torch', '?')}, git {content.get('git') or '?'}",
+        f"encoder: {sum(p.numel() for p in encoder.parameters()):,} parameters, {encoder.leads} lead(s) -> {encoder.embedding_dim} dimensions",
+        f"input: lead {content['lead']} at {content['sample_rate_hz']:g} Hz, {', '.join(f'{k} {v}' for k, v in (content['preprocessing'] or {}).items())}",
+        f"trained on, its teacher included: {seen(content['seen'])}",
+    ]
+    if "head" in content:
+        lines.append(f"head: {len(content['classes'])} statements; its labels: {seen(content.get('head_seen', content['seen']))}")
+    if "results" in content:
+        interval = lambda c, key: "absent" if c[key] is None or c[key] != c[key] else f"{c[key]:.3f} ({c['low']:.3f} to {c['high']:.3f})"
+        lines += [f"AUC on fold {config['test_fold']}, 95 % interval: " + ", ".join(f"{g} {interval(content['results'][g], 'mean')}" for g in ("nine", "six", "diagnostic"))]
+        lines += [f"  {t:<6}{c['positives']:>5} positives  {interval(c, 'auc')}" for t, c in content["results"]["types"].items()]
+        lines += ["calibration: " + ", ".join(f"{name} {value:.4f}" for name, value in content["reliability"].items())]
+    elif "metrics" in content:
+        lines.append("metrics: " + ", ".join(f"{k} {v:.4g}" for k, v in content["metrics"].items()))
+    changed = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in config.items() if v not in (None, False, [], ""))
+    return "\n".join([*lines, f"settings: {changed}", "limits: research code, not a medical device; one lead does not show every infarct, and other devices than its training data's were not tested"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1464,7 +1768,7 @@ def environment() -> dict:
     here = Path(__file__).resolve().parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip() if (here / ".git").exists() and shutil.which("git") else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__, git=git or None, gpu=gpu, cores=os.cpu_count())
+    return dict(date=time.strftime("%Y-%m-%d"), python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__, git=git or None, gpu=gpu, cores=os.cpu_count())
 
 
 def demo_settings(config, demo: dict, ranks: Ranks):
@@ -1767,36 +2071,103 @@ def prepare_cache(folder: Path, wanted: dict[str, tuple[int, ...]], what: str, r
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of this module: charts of records."""
+    """The command line of this module."""
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command")
-    plot = commands.add_parser("plot", help="draw the usual 12-lead chart of a record", allow_abbrev=False)
+    add = lambda name, help: commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    plot = add("plot", "draw the usual 12-lead chart of a record")
     plot.add_argument("record", nargs="?", help="a WFDB record, with or without .hea")
     plot.add_argument("out", help="the picture, .png, .pdf or .svg")
     plot.add_argument("--synthetic", choices=SYNTHETIC_TYPES, metavar="TYPE", help="instead of a record: " + ", ".join(SYNTHETIC_TYPES))
     plot.add_argument("--stage", choices=tuple(STAGES), help="of a synthetic infarct (default: old)")
     plot.add_argument("--seed", type=int, default=0, help="which synthetic patient")
-    plot.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    detect = add("detect", "probabilities of the nine infarct types in recordings")
+    detect.add_argument("probe", help="probe.pt of train_probe.py")
+    detect.add_argument("recordings", nargs="+", help="WFDB records, .csv, .tsv, .txt or .npy files, or folders of them")
+    detect.add_argument("--sample-rate", type=float, metavar="HZ", help="where the file does not say it, or says it wrong")
+    detect.add_argument("--unit", choices=("V", "mV", "uV", "nV"), help="of .npy and text files (default: what a header says, else mV)")
+    detect.add_argument("--column", help="name or number (from 1, a time column not counted) of the column in text files")
+    detect.add_argument("--point", choices=("youden", "sensitivity_90"), default="youden", help="threshold: best sensitivity + specificity, or 90 %% sensitivity, on the validation fold (default: youden)")
+    detect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    detect.add_argument("--picture", metavar="OUT.png", help="draw the strip and the probabilities; one recording only")
+    export = add("export", "write a detector as ONNX or as a torch.export program")
+    export.add_argument("probe", help="probe.pt of train_probe.py")
+    export.add_argument("out", help="OUT.onnx or OUT.pt2")
+    info = add("info", "what is stored in a checkpoint")
+    info.add_argument("file", help="best.pt, last.pt, probe.pt or an ECGFounder file")
+    for command in (plot, detect, export, info):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        return parser.print_help()
     try:
-        if (arguments.record is None) == (arguments.synthetic is None):
-            raise ValueError("plot: give either a record or --synthetic TYPE")
-        if arguments.synthetic:
-            stage = arguments.stage or "old"
-            ecg = synthesize(1, arguments.seed, types=arguments.synthetic, stage=stage)[0][0]
-            title = f"synthetic {arguments.synthetic}" + (f", {stage}" if arguments.synthetic in MI_TYPES else "")
+        if arguments.command == "plot":
+            run_plot(arguments)
+        elif arguments.command == "detect":
+            sys.exit(run_detect(arguments))
+        elif arguments.command == "export":
+            export_detector(arguments.probe, arguments.out)
+            print(f"{arguments.out}: input ecg (batch, leads, samples of 10 s) in mV, output probability (batch, 9) of {', '.join(MI_TYPES)}")
+        elif arguments.command == "info":
+            print(describe_checkpoint(arguments.file))
         else:
-            ecg, title = read_ecg(arguments.record), Path(arguments.record).stem
-        plot_ecg(ecg, arguments.out, sample_rate_hz=500, title=title)
+            parser.print_help()
     except (ValueError, OSError, ImportError) as error:
         if arguments.debug:
             raise
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+def run_plot(arguments) -> None:
+    if (arguments.record is None) == (arguments.synthetic is None):
+        raise ValueError("plot: give either a record or --synthetic TYPE")
+    if arguments.synthetic:
+        stage = arguments.stage or "old"
+        ecg = synthesize(1, arguments.seed, types=arguments.synthetic, stage=stage)[0][0]
+        title = f"synthetic {arguments.synthetic}" + (f", {stage}" if arguments.synthetic in MI_TYPES else "")
+    else:
+        ecg, title = read_ecg(arguments.record), Path(arguments.record).stem
+    plot_ecg(ecg, arguments.out, sample_rate_hz=500, title=title)
     print(f"{title}: {arguments.out}")
+
+
+def run_detect(arguments) -> int:
+    """A table for each recording that can be read, a sentence for each that cannot; 2 if there was such a one, else 0."""
+    detector, found, failed = load_detector(arguments.probe), [], 0
+    points = detector.points[arguments.point]
+    kinds = (".hea", ".csv", ".tsv", ".txt", ".npy")
+    paths = [p for given in map(Path, arguments.recordings) for p in (sorted(q for q in given.rglob("*") if q.suffix in kinds) if given.is_dir() else [given])]
+    if not paths or (arguments.picture and len(paths) > 1):
+        raise ValueError("no recording in " + ", ".join(arguments.recordings) if not paths else f"--picture: draws one recording, {len(paths)} were given")
+    for path in paths:
+        try:
+            ecg, rate, said = read_recording(path, detector.leads, sample_rate_hz=arguments.sample_rate, unit=arguments.unit, column=arguments.column)
+            answer = detector(ecg, rate)
+        except (ValueError, OSError) as error:
+            if arguments.debug:
+                raise
+            text = str(error)
+            print(f"error: {text if str(path).removesuffix('.hea') in text else f'{path}: {text}'}", file=sys.stderr, flush=True)
+            failed, found = 2, [*found, dict(file=str(path), error=text)]
+            continue
+        said += check_recording(ecg, rate, detector.leads)
+        name = ("threshold", "sensitivity", "specificity")
+        types = {t: dict(probability=p, positive=p >= points[t][0], **dict(zip(name, points[t])), validation_positives=detector.positives[t]) for t, p in answer.items()}
+        found.append(dict(file=str(path), seconds=ecg.shape[1] / rate, sample_rate_hz=rate, point=arguments.point, warnings=said, types=types))
+        if arguments.picture:
+            draw_detection(arguments.picture, ecg[0], rate, f"{path.stem}, lead {detector.leads[0]}", answer, points)
+        if not arguments.json:
+            print(f"\n{path}: {ecg.shape[1] / rate:.1f} s at {rate:g} Hz, lead {' '.join(detector.leads)}")
+            print("".join(f"warning: {text}\n" for text in said) + f"{'':<7}probability  threshold  sensitivity  specificity  verdict ({arguments.point} on the validation fold)")
+            for t, p in answer.items():
+                threshold, sensitivity, specificity = points[t]
+                n, verdict = detector.positives[t], "absent from the validation fold" if threshold != threshold else "POSITIVE" if p >= threshold else "negative"
+                print(f"{t:<7}{p:11.4f}{threshold:11.4f}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{f' (threshold from {n} cases)' if 0 < n < 20 else ''}")
+    if arguments.json:
+        print(json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1))  # JSON has no NaN
+    else:
+        print("\nresearch code, not a medical device: an infarct of today needs an emergency call, not this table")
+    return failed
 
 
 if __name__ == "__main__":

@@ -100,8 +100,9 @@ def main(config: ProbeConfig) -> dict:
     shown = Shown(encoder, pairs, view, ranks)
     if config.finetune:
         split["train"] = part_of(split["train"], config.fractions[0], config.seed)
-        content, logits = finetune(config, shown, y, split, out, ranks)
-        heads = {"finetune": [Fit(config.seed, config.fractions[0], *content["head"], logits[test])]}
+        content, features = finetune(config, shown, y, split, out, ranks)
+        heads = {"finetune": [Fit(config.seed, config.fractions[0], *content["head"], score(features[test], *content["head"]))]}
+        features = {"": features}
     else:
         rows = np.unique(np.concatenate([part for split in splits for part in split.values()]))
         features = {"": shown.features(rows)}
@@ -122,8 +123,12 @@ def main(config: ProbeConfig) -> dict:
     first = next(iter(heads))
     if not config.rotate:
         fit = at_full(heads[first])[0]
-        head_seen = selfmis.data_seen(records[split["train"]], labels=True)
-        content |= dict(kind="probe", head=(fit.weight, fit.bias), classes=list(STATEMENTS), head_seen=head_seen, config=results["config"])
+        validation = score(features[""][split["val"]], fit.weight, fit.bias)
+        temperature, points = calibrate(validation, records.labels[split["val"]])
+        results["reliability"] = reliability(fit.logits, records.labels[test], temperature)
+        content |= dict(kind="probe", head=(fit.weight, fit.bias), classes=list(STATEMENTS), temperature=temperature, points=points)
+        content |= dict(positives=torch.from_numpy(records.labels[split["val"]].sum(0, dtype=int)), head_seen=selfmis.data_seen(records[split["train"]], labels=True))
+        content |= dict(results={name: nan_to_none(results[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"], config=results["config"])
         selfmis.save(out / "probe.pt", content | selfmis.environment())
     arrays = {"logits_" + name.replace(", ", "_").replace(" ", "_"): np.stack([fit.logits for fit in at_full(fits)]).astype(np.float32) for name, fits in heads.items()}
     arrays |= dict(labels=records.labels[test], fold=records.folds[test], patient=records.patients[test], record=np.array([records.name(i) for i in test]))
@@ -137,6 +142,8 @@ def main(config: ProbeConfig) -> dict:
     ranks.print(f"\nAUC on {folds}, {len(test):,} records of {len(np.unique(records.patient_keys()[test])):,} patients; in brackets the 95 % bootstrap interval by patient\n{table}")
     selfmis.write_json(out / "results.json", nan_to_none(results))  # last: with it the run is finished
     compare(out, config.compare)
+    if "reliability" in results:
+        print("calibration of the nine types ({} head, one temperature from the validation fold): ".format(first) + ", ".join(f"{name} {value:.4f}" for name, value in results["reliability"].items()))
     ranks.print(f"{shown.said()}\n{results['minutes']:.1f} min; written to {out}")
     return results
 
@@ -212,11 +219,7 @@ class Shown:
 
     def batches(self, rows):
         for signals, _ in self.pairs.batches(rows):
-            if signals.shape[1] != self.encoder.leads:
-                whole = signals.new_zeros(len(signals), self.encoder.leads, signals.shape[2])
-                whole[:, selfmis.lead_index(self.view.lead)] = signals[:, 0]
-                signals = whole
-            yield signals
+            yield selfmis.with_empty_leads(signals, self.encoder, self.view.lead)
 
     def features(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the rows (N, D) float32, at their own row numbers; one pass, shared by all processes."""
@@ -269,10 +272,15 @@ def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits
                 for split in splits:
                     rows, val = part_of(split["train"], fraction, seed), split["val"]
                     weight, bias, said = train(x[rows], target[rows], x[val], target[val], config, seed)
-                    logits.append((x[split["test"]] @ weight.T + bias).numpy())
+                    logits.append(score(features[split["test"]], weight, bias))
                     ranks.print(f"{head} head, seed {seed}{f', {len(rows):,} labels' if fraction < 1 else ''}: {said}")
                 heads.setdefault(head, []).append(Fit(seed, fraction, weight, bias, np.concatenate(logits)))
     return heads
+
+
+def score(features: np.ndarray, weight: torch.Tensor, bias: torch.Tensor) -> np.ndarray:
+    """Logits (N, K) of a head."""
+    return features @ weight.numpy().T + bias.numpy()
 
 
 def macro(y: torch.Tensor, logits: torch.Tensor) -> float:
@@ -395,7 +403,10 @@ class Classifier(nn.Module):
 
 
 def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out: Path, ranks: Ranks):
-    """Supervised training of encoder and head with Table 8's recipe; best.pt is the epoch of the best validation macro AUC."""
+    """Supervised training of encoder and head with Table 8's recipe: the best epoch's content of a checkpoint, and its features of val and test.
+
+    best.pt is the epoch of the best validation macro AUC.
+    """
     model = Classifier(shown.encoder).to(ranks.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     precision, scaler, amp = selfmis.autocast(ranks.device, config.amp)
@@ -449,9 +460,7 @@ def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out:
             print(f"epoch {epoch + 1}/{config.epochs} | train loss {loss:.4f} | macro AUC {auc:.4f} on the validation fold | {rate:,.0f} ECG/s", flush=True)
     weights = ranks.gather_objects(best)[0]  # every process scores its share of the test fold with the best epoch
     selfmis.load_strictly(model.encoder, weights["encoder"], out / "best.pt")
-    weight, bias = weights["head"]
-    test = shown.features(split["test"])
-    return weights, test @ weight.numpy().T + bias.numpy()
+    return weights, shown.features(np.concatenate([split["val"], split["test"]]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -487,6 +496,38 @@ def mean_auc(logits, y: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> 
     """Mean over seeds of the AUC (K,) and of its bootstrap draws (R, K)."""
     scores = [within_folds(one, folds) for one in logits]
     return np.mean([selfmis.macro_auc(y, one)[1] for one in scores], 0), np.mean([selfmis.bootstrap_auc(y, one, patients) for one in scores], 0)
+
+
+def calibrate(logits: np.ndarray, y: np.ndarray) -> tuple[float, dict[str, torch.Tensor]]:
+    """What makes a detector of a head, from the validation fold: (temperature, {operating point: (K, 3)}).
+
+    sigmoid(logit / temperature) has the least logistic loss over all statements; a temperature for each, or a shift, fits the
+    few positives of a fold and was worse on its other half.  Points: the best Youden index, and the highest threshold with a
+    sensitivity of 90 %; each threshold (positive at or above it), sensitivity, specificity; NaN for an absent statement.
+    """
+    flat, one = torch.from_numpy(logits).double().reshape(-1, 1), torch.ones(1, 1, dtype=torch.float64)
+    slope = newton(flat, torch.from_numpy(y).double().reshape(-1, 1), one, one, 0.0, 1e-9).item()
+    temperature = 1 / slope if slope > 1e-3 else 1.0
+    points = {name: torch.full((y.shape[1], 3), math.nan) for name in ("youden", "sensitivity_90")}
+    for k in np.flatnonzero(y.any(0) & ~y.all(0)):
+        p = torch.sigmoid(torch.from_numpy(logits[:, k]) / temperature).numpy()  # rounded as a detector rounds
+        order = np.argsort(-p, kind="stable")
+        last = np.append(p[order][1:] != p[order][:-1], True)  # equal scores pass together
+        hits = y[order, k].astype(int)
+        sensitivity, specificity = (np.cumsum(hits) / hits.sum())[last], (1 - np.cumsum(1 - hits) / (1 - hits).sum())[last]
+        for name, at in (("youden", np.argmax(sensitivity + specificity)), ("sensitivity_90", np.argmax(sensitivity >= 0.9))):
+            points[name][k] = torch.tensor([p[order][last][at], sensitivity[at], specificity[at]])
+    return temperature, points
+
+
+def reliability(logits: np.ndarray, y: np.ndarray, temperature: float) -> dict[str, float]:
+    """Means over the nine types on the test fold: Brier score, and expected calibration error over ten bins of equal size."""
+    nine = columns("nine")
+    p, hits, errors = 1 / (1 + np.exp(-logits[:, nine].astype(np.float64) / temperature)), y[:, nine], []
+    for k in range(len(nine)):
+        bins = np.array_split(np.argsort(p[:, k], kind="stable"), 10)
+        errors.append(sum(len(rows) * abs(p[rows, k].mean() - hits[rows, k].mean()) for rows in bins if len(rows)) / len(p))
+    return dict(temperature=temperature, ece=float(np.mean(errors)), brier=float(np.square(p - hits).mean()))
 
 
 def read_predictions(folder: Path, labels: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> dict:
