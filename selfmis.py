@@ -1824,6 +1824,7 @@ def cost(encoders: Sequence[ResNet1D], view: View, device: torch.device) -> dict
 
 
 def say_cost(cost: dict) -> str:
+    """The same as words."""
     rate = f", {cost['records_per_second']:,.0f} records/s" if "records_per_second" in cost else ""
     return f"{cost['parameters']:,} parameters, {cost['macs'] / 1e9:.3f} GMAC a record, peak memory {cost['peak_mib']:,} MiB a process{rate}"
 
@@ -2119,6 +2120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_plot(arguments) -> None:
+    """A chart of a record, or of a synthetic one."""
     if (arguments.record is None) == (arguments.synthetic is None):
         raise ValueError("plot: give either a record or --synthetic TYPE")
     if arguments.synthetic:

@@ -1,4 +1,4 @@
-"""Speed, memory and growth; by hand, one table for the device at hand:  python tests/benchmark.py [pipeline growth metrics gpu]
+"""Speed, memory and growth; by hand, one table for the device at hand:  python tests/benchmark.py [pipeline probe metrics detect simulator gpu growth]
 
 On an NVIDIA H200 (torch 2.11, CUDA 13.0; full network, T = 5000, batch 128, one AdamW step with clipping, medians of 12)
 this was tried on the encoder's step, in bf16 unless said:
@@ -99,7 +99,70 @@ def pipeline() -> None:
     first, second = cost["pass"] + 20 * (cost["rows"] + cost["student"]), 20 * (cost["rows"] + cost["student"])
     print(f"  20 epochs, per record: plain {1000 * plain:.0f}, ours {1000 * first:.0f} ({plain / first:.2f} x), with the cache there {1000 * second:.0f} ({plain / second:.2f} x)")
     print(f"  data loading in an epoch: {cost['read'] / cost['rows']:.0f} x faster than wfdb")
-    print(f"  a probe of 20 epochs: features once {1000 * cost['student'] / 3:.0f}, the encoder in every epoch {1000 * 20 * cost['student'] / 3:.0f} (forward taken as a third of the step)")
+
+
+def probe() -> None:
+    """A linear head by 20 epochs of Adam: features once, or the encoder in every epoch; the same batches, so the same head."""
+    import train_probe
+
+    config, n = train_probe.ProbeConfig(patience=99), 512
+    x, y = selfmis.synthesize(n, 0, leads=("I",), sample_rate_hz=100)
+    x, y = torch.from_numpy(np.stack([selfmis.preprocess(one, sample_rate_hz=100) for one in x])), torch.from_numpy(y).float()
+    encoder = ResNet1D(1, **selfmis.SIZES["small"]).eval()
+
+    def once():
+        z = selfmis.embed(encoder, x, torch.device("cpu"))
+        return train_probe.adam_head(z, y, z, y, config, 0)[:2]
+
+    def every():
+        z = selfmis.embed(encoder, x, torch.device("cpu"))  # for the scale alone, not counted
+        start = time.perf_counter()
+        scale, generator, bound = z.square().mean().sqrt(), torch.Generator().manual_seed(0), z.shape[1] ** -0.5
+        weight = (2 * bound * torch.rand(y.shape[1], z.shape[1], generator=generator) - bound).requires_grad_()
+        bias, steps, best = torch.zeros(y.shape[1], requires_grad=True), -(-n // config.batch_size), -1.0
+        optimizer = torch.optim.Adam([weight, bias], lr=config.lr)
+        for epoch in range(config.epochs):
+            for step, rows in enumerate(torch.randperm(n, generator=generator).split(config.batch_size)):
+                optimizer.param_groups[0]["lr"] = selfmis.cosine_lr(config.lr, epoch * steps + step, config.epochs * steps)
+                with torch.no_grad():
+                    features = encoder(x[rows]) / scale
+                optimizer.zero_grad()
+                torch.nn.functional.binary_cross_entropy_with_logits(torch.nn.functional.linear(features, weight, bias), y[rows]).backward()
+                optimizer.step()
+            with torch.no_grad():
+                auc = selfmis.macro_auc(y, torch.nn.functional.linear(torch.cat([encoder(part) for part in x.split(256)]) / scale, weight, bias))[0]
+            if auc > best:
+                best, kept = auc, (weight.detach() / scale, bias.detach().clone())
+        return kept, time.perf_counter() - start
+
+    start = time.perf_counter()
+    head = once()
+    ours = time.perf_counter() - start
+    plain, theirs = every()
+    difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(head, plain))
+    print(f"probe of 20 epochs, small, 100 Hz, {n} records: features once {ours:.1f} s, the encoder in every epoch {theirs:.1f} s ({theirs / ours:.1f} x); relative difference of the heads {difference:.0e}")
+
+
+def detect() -> None:
+    """One recording through a detector with the full network."""
+    with tempfile.TemporaryDirectory() as folder:
+        K, encoder = len(selfmis.STATEMENTS), ResNet1D(1)
+        content = selfmis.encoder_content(encoder, VIEW, []) | dict(head=(torch.randn(K, 1024), torch.zeros(K)), classes=list(selfmis.STATEMENTS), temperature=1.0)
+        selfmis.save(Path(folder) / "probe.pt", content | dict(points={"youden": torch.zeros(K, 3)}, positives=torch.zeros(K)))
+        detector, ecg = selfmis.load_detector(Path(folder) / "probe.pt"), selfmis.synthesize(1, 0, leads=("I",))[0][0]
+        print(f"detect: full network, 10 s at 500 Hz, {torch.get_num_threads()} threads: {1000 * clock(lambda: detector(ecg, 500), 9):.0f} ms a recording")
+
+
+def simulator() -> None:
+    """synthesize beside NeuroKit2's 12-lead simulator (pip install neurokit2), one thread each."""
+    try:
+        import neurokit2
+    except ImportError:
+        print("simulator: needs neurokit2")
+        return
+    theirs = clock(lambda: neurokit2.ecg_simulate(duration=10, sampling_rate=500, method="multileads", random_state=0), 3)
+    ours = clock(lambda: selfmis.synthesize(256, 0), 3) / 256
+    print(f"simulator, 12 leads, 10 s at 500 Hz: NeuroKit2 {1 / theirs:.2f} records/s, synthesize {1 / ours:,.0f} records/s ({theirs / ours:.0f} x)")
 
 
 def growth() -> None:
@@ -161,7 +224,7 @@ def gpu() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["pipeline", "metrics", "gpu", "growth"])
+    parser.add_argument("parts", nargs="*", default=["pipeline", "probe", "metrics", "detect", "simulator", "gpu", "growth"])
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}, leads {len(LEADS)}")
     for part in parser.parse_args().parts:
-        dict(pipeline=pipeline, growth=growth, metrics=metrics, gpu=gpu)[part]()
+        dict(pipeline=pipeline, probe=probe, metrics=metrics, detect=detect, simulator=simulator, gpu=gpu, growth=growth)[part]()

@@ -1,0 +1,115 @@
+"""The table of the README, from real records:  python tests/evidence.py ptb-xl [--out runs/evidence] [--test-fold 10 --val-fold 9]
+
+Runs every command that is not finished yet (some 25 of them, four to five hours on two cores), each as a user would type it, then
+prints the table.  A run that was cut off is started again; one that is there is not touched.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+import selfmis
+import train_probe
+
+HERE = Path(__file__).parents[1]
+SMALL = ["--size", "small", "--sample-rate", "100"]
+
+
+def commands(out: Path) -> dict[str, list]:
+    """{folder of the run: script and flags}, in the order in which they need each other."""
+    found = {}
+    finetune = ["train_probe.py", "--finetune", "--epochs", 8]
+    for seed in (0, 1, 2):
+        found[f"teacher-{seed}"] = [*finetune, "--lead", "all", *SMALL, "--seed", seed]
+        found[f"scratch-{seed}"] = [*finetune, "--lead", "I", *SMALL, "--seed", seed]
+        found[f"scratch-{seed}-frozen"] = ["train_probe.py", "--encoder", out / f"scratch-{seed}/best.pt", "--seed", seed]
+        found[f"random-{seed}"] = ["train_probe.py", "--lead", "I", *SMALL, "--seed", seed]
+    found["teacher-0-frozen"] = ["train_probe.py", "--encoder", out / "teacher-0/best.pt"]
+    found["teacher-0-zeros"] = ["train_probe.py", "--encoder", out / "teacher-0/best.pt", "--lead", "I"]
+    aligned = [("paper", s) for s in (0, 1, 2)] + [("softmax", s) for s in (0, 1, 2)] + [("learnable", 0), ("raw", 0), ("randomteacher", 0)]
+    for loss, seed in aligned:
+        teacher = "random" if loss == "randomteacher" else out / "teacher-0/best.pt"
+        flags = ["--loss", "paper" if loss == "randomteacher" else loss, *SMALL, "--lr", 1e-3, "--warmup", 50, "--epochs", 8, "--seed", seed]
+        found[f"{loss}-{seed}"] = ["train_pretrain.py", "--multi", teacher, *flags]
+        found[f"{loss}-{seed}-probe"] = ["train_probe.py", "--encoder", out / f"{loss}-{seed}/best.pt", "--lead", "I", "--seed", seed]
+    found["softmax-0-finetuned"] = [*finetune, "--encoder", out / "softmax-0/best.pt"]
+    return found
+
+
+ROWS = {  # of the table: the runs whose mean it is
+    "random encoder": ["random-0", "random-1", "random-2"],
+    "supervised on lead I from scratch": ["scratch-0-frozen", "scratch-1-frozen", "scratch-2-frozen"],
+    "aligned to a random teacher, Eq. (3)": ["randomteacher-0-probe"],
+    "aligned, Eq. (3)": ["paper-0-probe", "paper-1-probe", "paper-2-probe"],
+    "aligned, `--loss learnable`": ["learnable-0-probe"],
+    "aligned, `--loss raw`": ["raw-0-probe"],
+    "aligned, `--loss softmax`": ["softmax-0-probe", "softmax-1-probe", "softmax-2-probe"],
+    "12-lead teacher given lead I and zeros": ["teacher-0-zeros"],
+    "12-lead teacher, all leads": ["teacher-0-frozen"],
+    "*not frozen:* lead I from scratch": ["scratch-0", "scratch-1", "scratch-2"],
+    "*not frozen:* aligned by softmax, then fine-tuned": ["softmax-0-finetuned"],
+    "*not frozen:* 12-lead teacher": ["teacher-0", "teacher-1", "teacher-2"],
+}
+
+
+def scores(out: Path, runs: list[str], head: str):
+    """(AUC of each run (runs, K), its mean's bootstrap draws (R, K), labels) of those that are there."""
+    aucs, draws, labels = [], [], None
+    for run in runs:
+        if (out / run / "results.json").exists():
+            with np.load(out / run / "predictions.npz") as saved:
+                if f"logits_{head}" in saved:
+                    labels = saved["labels"]
+                    auc, drawn = train_probe.mean_auc(saved[f"logits_{head}"], labels, saved["fold"], saved["patient"])
+                    aucs.append(auc)
+                    draws.append(drawn)
+    return np.array(aucs), np.mean(draws, 0) if draws else None, labels
+
+
+def table(out: Path) -> None:
+    reference, kept = {}, []
+    for row, runs in ROWS.items():
+        for head in ("adam", "logistic", "finetune"):
+            aucs, draws, labels = scores(out, runs, head)
+            if draws is not None:
+                kept.append((row, runs, head, aucs, draws))
+                reference[row, head] = aucs.mean(0), draws
+    show = lambda c, form: f"{form.format(c['mean'])} ({form.format(c['low'])} to {form.format(c['high'])})"
+    print("| encoder | head | seeds | six | nine | 44 | six minus scratch | six minus random | R@1 |\n|---|---|--:|---|---|---|---|---|--:|")
+    for row, runs, head, aucs, draws in kept:
+        summary = train_probe.summarize(aucs.mean(0), draws, labels)
+        six = aucs[:, train_probe.columns("six")].mean(1)
+        cells = [show(summary["six"], "{:.3f}") + (f" ± {six.std(ddof=1):.3f}" if len(six) > 1 else "")] + [show(summary[g], "{:.3f}") for g in ("nine", "diagnostic")]
+        for other in ("supervised on lead I from scratch", "random encoder"):
+            own = (other if head != "finetune" else "*not frozen:* lead I from scratch" if "scratch" in other else None, head)
+            if own not in reference or own[0] == row:
+                cells.append("")
+            else:
+                auc, drawn = reference[own]
+                cells.append(show(train_probe.summarize(aucs.mean(0) - auc, draws - drawn, labels)["six"], "{:+.3f}"))
+        logs = [out / run.removesuffix("-probe") / "log.jsonl" for run in runs if run.endswith("-probe") and (out / run / "results.json").exists()]
+        r1 = [json.loads(log.read_text().splitlines()[-1])["r1"] for log in logs]
+        print(f"| {row} | {head} | {len(aucs)} | {' | '.join(cells)} | {f'{np.mean(r1):.1f} %' if r1 else ''} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="PTB-XL")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="folder of the runs")
+    parser.add_argument("--val-fold", default=9)
+    parser.add_argument("--test-fold", default=10)
+    parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
+    arguments = parser.parse_args()
+    for name, (script, *flags) in commands(arguments.out).items() if not arguments.table else ():
+        folds = ["--val-fold", arguments.val_fold, "--test-fold", arguments.test_fold]
+        finished = arguments.out / name / ("results.json" if script == "train_probe.py" else "best.pt")
+        if not finished.exists() or script == "train_pretrain.py":  # that one knows whether it is finished
+            subprocess.run([sys.executable, str(HERE / script), "--data", arguments.data, *map(str, [*folds, *flags]), "--out", str(arguments.out / name), "--resume"], check=True)
+    print(f"{len(selfmis.STATEMENTS)} statements; 95 % bootstrap intervals by patient, differences paired; ± the standard deviation over seeds")
+    table(arguments.out)
