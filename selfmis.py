@@ -235,9 +235,8 @@ def with_empty_leads(signals: torch.Tensor, encoder: ResNet1D, lead: str) -> tor
     """(B, 1, T) of one lead as a 12-lead encoder takes it, zeros in the other eleven; all else unchanged."""
     if signals.shape[1] == encoder.leads:
         return signals
-    whole = signals.new_zeros(len(signals), encoder.leads, signals.shape[2])
-    whole[:, lead_index(lead)] = signals[:, 0]
-    return whole
+    before = lead_index(lead)
+    return F.pad(signals, (0, 0, before, encoder.leads - 1 - before))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,7 +270,7 @@ def read_wfdb(record: str | os.PathLike, leads: Sequence[str]) -> tuple[np.ndarr
         raise ImportError("reading records needs the package wfdb: pip install wfdb") from error
     try:
         content = wfdb.rdrecord(record)
-        signal, names, units, rate = content.p_signal, content.sig_name, content.units, float(content.fs)
+        signal, names, units, rate = content.p_signal, [name or "?" for name in content.sig_name or ()], content.units, float(content.fs)
     except Exception as error:  # wfdb raises many kinds for broken files
         raise ValueError(f"{record}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
     if signal is None or not len(signal):
@@ -1181,8 +1180,8 @@ class Detector:
     """Probabilities of the nine infarct types in a recording; `load_detector` makes it.
 
     detector(ecg, sample_rate_hz): ecg in mV, one recording (T,) or (L, T), or several of one length (N, L, T), at any rate
-    -> {type: probability}, floats or arrays (N,).  L is 1, or 12 for a probe of all leads.  Of more than 10 s, windows of
-    10 s are spread evenly over the recording (they overlap where it is no multiple) and their probabilities averaged, flat
+    -> {type: probability}, floats or arrays (N,).  L is 1, or 12 for a probe of all leads.  More than 10 s are covered by
+    windows of 10 s, spread evenly (they overlap where the length is no multiple), and their probabilities averaged, flat
     windows left out; 2.5 to 10 s are padded as in `preprocess`.  ValueError: another shape, too short, flat throughout.
 
     Attributes: leads, sample_rate_hz, preprocessing; points {name: {type: (threshold, sensitivity, specificity)}} on the
@@ -1209,7 +1208,7 @@ class Detector:
             raise ValueError(f"a recording of shape {ecg.shape}: expected ({L}, samples){', or (samples,)' if L == 1 else ''}; several as (recordings, {L}, samples)")
         batch = np.stack([resample(fill(one), sample_rate_hz, self.sample_rate_hz) for one in batch])
         width, T = round(10 * self.sample_rate_hz), batch.shape[2]
-        starts = np.linspace(0, max(0, T - width), max(1, round(T / width))).round().astype(int)
+        starts = np.linspace(0, max(0, T - width), max(1, math.ceil(T / width - 0.01))).round().astype(int)
         mean = []
         for one in batch:
             windows = [one[:, start:][:, :width] for start in starts]
@@ -1235,33 +1234,30 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
     for; a column of time gives the rate too.  The arguments go before what the file says; unit defaults to mV.
     Raises ValueError naming the file: unreadable, no such lead, rate unknown, no finite sample.
     """
-    path, said = str(path), []
-    if path.endswith(".npy"):
-        try:
-            table = np.atleast_2d(np.load(path, allow_pickle=False).astype(np.float64))
-        except (ValueError, TypeError, EOFError) as error:
-            raise ValueError(f"{path}: not an array of numbers ({error})") from error
-        table = table.T if table.ndim == 2 and len(table) in (1, 12) else table
-        names, header, text_rate = [], "", None
-    elif path.endswith((".csv", ".tsv", ".txt")):
+    path, kind, said = str(path), os.path.splitext(path)[1].lower(), []
+    if kind == ".npy":
+        header, names, table = "", [], read_array(path)
+    elif kind in (".csv", ".tsv", ".txt"):
         header, names, table = read_text(path)
-        text_rate = re.search(r"(?i)([\d.,]+)\s*(?:hz|hertz)|(?:sampl\w*|frequency|rate|fs)\W+([\d.,]+)", header)
-        text_rate = text_rate and float((text_rate[1] or text_rate[2]).strip(".,").replace(",", "."))
     else:
         ecg, rate = read_wfdb(path, leads)
         if sample_rate_hz and sample_rate_hz != rate:
             said.append(f"--sample-rate {sample_rate_hz:g} contradicts the header's {rate:g} Hz; {sample_rate_hz:g} is used")
         return ecg, sample_rate_hz or rate, said
-    if table.ndim != 2 or not 1 <= table.shape[1] <= 64:
-        raise ValueError(f"{path}: an array of shape {table.shape}: expected samples of one lead or of twelve")
 
-    time_rate, first = None, np.diff(table[:, 0])
-    if table.shape[1] > 1 and len(first) and (first > 0).all() and np.ptp(first) < 0.1 * np.median(first) + 0.0011 * (np.median(first) < 0.1):
-        step = (table[-1, 0] - table[0, 0]) / len(first)
-        milliseconds = step > 1 or re.search(r"(?i)\bms\b|_ms|milli", names[0] if names else "")
-        time_rate = None if step == 1 and not milliseconds else (1000 if milliseconds else 1) / step  # a step of 1 numbers the samples
-        table, names = table[:, 1:], names[1:]
-    rates = {"--sample-rate": sample_rate_hz, "header": text_rate, "time column": time_rate}
+    time_rate = None
+    if table.shape[1] > 1:
+        name, t = names[0] if names else "", table[:, 0]
+        step = (t[-1] - t[0]) / (len(t) - 1)
+        even = np.abs(t - np.linspace(t[0], t[-1], len(t))).max() <= step  # rounded times are
+        if (np.diff(t) >= 0).all() and step > 0 and (even or re.search(r"(?i)time|zeit|elapsed|stamp", name)):
+            small = re.search(r"(?i)(?<![a-z])([nuµμm])s(?![a-z])", name)
+            per_second = {"n": 1e9, "u": 1e6, "µ": 1e6, "μ": 1e6, "m": 1e3}[small[1].lower()] if small else 1e3 if step > 1 else 1
+            time_rate = None if step == 1 and not small else per_second / step  # a step of 1 numbers the samples
+            table, names = table[:, 1:], names[1:]
+    stated = re.search(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast\w*|\bfs)\b[^\d\n]{0,12}(\d[\d.,]*)", header)
+    stated = stated or re.search(r"(?im)^(?!.*(?:filter|pass|mains|notch|heart|puls)).*?(\d[\d.,]*)\s*(?:hz|hertz)\b", header)
+    rates = {"--sample-rate": sample_rate_hz, "header": stated and float(stated[1].strip(".,").replace(",", ".")), "time column": time_rate}
     rates = {source: rate for source, rate in rates.items() if rate}
     if not rates:
         raise ValueError(f"{path}: its sample rate is not known; give --sample-rate")
@@ -1269,45 +1265,76 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
     if any(abs(other / rate - 1) > 0.01 for other in rates.values()):
         said.append(f"contradicting sample rates ({', '.join(f'{r:g} Hz by the {source}' for source, r in rates.items())}); {rate:g} Hz is used")
 
-    plain = [re.sub(r"(?i)[^a-z0-9]|lead|ecg|ekg|[nuµμm]v$", "", re.sub(r"\(.*|\[.*", "", name)).upper() for name in names]
+    words = [re.split(r"[^A-Z0-9]+", name.upper()) for name in names]
+    find = lambda lead: next((i for i, w in enumerate(words) if lead.upper() in w), -1)
     if column is not None and len(leads) == 1:
-        chosen = [names.index(column) if column in names else int(column) - 1 if column.isdigit() else -1]
-    elif all(lead.upper() in plain for lead in leads):
-        chosen = [plain.index(lead.upper()) for lead in leads]
-    else:  # one column for one lead, or twelve without names
-        chosen = list(range(len(leads))) if table.shape[1] == len(leads) and not set(plain) & {lead.upper() for lead in LEADS} else [-1]
-        chosen = [LEADS.index(leads[0])] if len(leads) == 1 and table.shape[1] == 12 and not any(plain) else chosen
+        chosen = [next((i for i, name in enumerate(names) if name == column or name.endswith(" " + column)), int(column) - 1 if column.isdigit() else -1)]
+    elif any(find(lead) >= 0 for lead in LEADS):
+        chosen = [find(lead) for lead in leads]
+    else:  # names that say no lead: one column, or twelve in the usual order
+        chosen = [0] if table.shape[1] == len(leads) == 1 else [LEADS.index(lead) if table.shape[1] == 12 else -1 for lead in leads]
     if not all(0 <= c < table.shape[1] for c in chosen):
-        raise ValueError(f"{path}: no column for lead {', '.join(leads)} in {table.shape[1]} ({', '.join(names) or 'without names'}); give --column NAME or its number")
-    found = re.search(r"(?i)(?<![a-z])([nuµμm]v)(?![a-z])|unit\w*\W+(v)\b", " ".join([header, *names]))
-    ecg = table[:, chosen].T * MILLIVOLTS[(unit or (found[1] or found[2] if found else "mV")).lower()]
+        raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {table.shape[1]} ({', '.join(names) or 'without names'}); give --column NAME or its number")
+    about = "\n".join([names[chosen[0]] if names else "", header])
+    stated = re.search(r"(?i)(?:unit|einheit)\w*\W+([^\s,;]+)", header) or re.search(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z])", about) or re.search(r"(?i)[(\[_](v)[)\]]", about)
+    unit = unit or (stated[1] if stated else "mV")
+    if unit.lower() not in MILLIVOLTS:
+        raise ValueError(f"{path}: unit {unit} is not a voltage; give --unit")
+    ecg = table[:, chosen].T * MILLIVOLTS[unit.lower()]
     if not np.isfinite(ecg).any():
         raise ValueError(f"{path}: no sample of lead {', '.join(leads)} is a number")
+    if np.abs(fill(ecg)).max() > 1e9:
+        raise ValueError(f"{path}: a sample of {np.abs(fill(ecg)).max():.3g} mV is no ECG")
     return fill(ecg), rate, said
 
 
+def read_array(path: str) -> np.ndarray:
+    """A .npy file as (samples, columns) float64."""
+    try:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+            raise ValueError("not an array of real numbers")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy raises many kinds for broken files
+        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
+    table = np.atleast_2d(array)
+    table = table.T if table.ndim == 2 and len(table) in (1, 12) else table
+    if table.ndim != 2 or len(table) < 2 or table.shape[1] > 64:
+        raise ValueError(f"{path}: an array of shape {array.shape}: expected (samples,), (12, samples) or (samples, columns)")
+    return table.astype(np.float64)
+
+
 def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
-    """(header lines, names of columns, table (rows, columns)) of a delimited text file; an empty cell is NaN."""
+    """(header lines, names of columns, table (samples, columns)) of a delimited text file; an empty cell is NaN."""
     raw = Path(path).read_bytes()
     if len(raw) > 2**28 or b"\0" in raw[:4096]:
         raise ValueError(f"{path}: {'larger than 256 MiB' if len(raw) > 2**28 else 'binary'}, so not a recording as text")
     try:
-        lines = raw.decode("utf-8-sig").splitlines()
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        lines = raw.decode("latin-1").splitlines()
-    lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip().strip(",;")]
-    tail = [line for _, line in lines[-50:]]
-    separator = next((c for c in ";\t" if tail and all(c in line for line in tail)), "," if any("," in line for line in tail) else None)
-    comma = separator != "," and any("," in line for line in tail)  # the decimal sign
-    if separator == "," and max(line.count(",") for line in tail) == 1 and not any("." in line for line in tail):
-        halves = [line.strip('"').partition(",") for line in tail]
-        steps = {int(b[0]) - int(a[0]) for a, b in zip(halves, halves[1:]) if a[0].lstrip("-").isdigit() and b[0].lstrip("-").isdigit()}
-        if all(rest.isdigit() or not rest for _, _, rest in halves) and len(steps) > 1:  # one column, as in a watch's export; no time before it
-            separator, comma = None, True
+        text = raw.decode("latin-1")
+    lines = [(where, line.strip()) for where, line in enumerate(text.splitlines(), 1) if line.strip(" \t,;\"'")]
+    word = re.compile(r"(?i)\b(?:nan|inf)\b|(?<=[\d.,])e(?=[+-]?\d)")  # the letters that numbers have
+    numeric = [bool(re.search(r"\d|nan|inf", line, re.I)) and not re.search(r"[^\W\d_]|[:/]", word.sub("", line)) for _, line in lines]
+    start = next((i for i in range(len(lines)) if all(numeric[i : i + 2])), len(lines))
+    data, header = [line for _, line in lines[start:]], [line for _, line in lines[:start]]
+    if len(data) < 2:
+        raise ValueError(f"{path}: no column of numbers in it")
+
+    blanks = all(len(line.split()) == len(data[0].split()) > 1 for line in data[:100])
+    separator = next((c for c in ";\t" if all(c in line for line in data[:100])), None)
+    comma = any("," in line for line in data)
+    if separator is None and comma and not (blanks and not any(", " in line for line in data[:100])):
+        halves = [line.strip("\"'").partition(",") for line in data]
+        whole = [int(a) for a, _, _ in halves if re.fullmatch(r"[+-]?\d+", a)]
+        pairs = len(whole) == len(data) and all(b.isdigit() or not b for _, _, b in halves)  # one comma a line, no point, no second sign
+        comma = pairs and any(b < a for a, b in zip(whole, whole[1:]))  # one column with decimal commas, unless the first is a time
+        separator = None if comma else ","
 
     def cells(line: str) -> list[str]:
-        parts = [part.strip().strip('"').strip() for part in (line.split(separator) if separator else line.split())]
-        return [part.replace(",", ".") for part in parts] if comma else parts
+        parts = [part.strip(" \t\"'") for part in (line.split(separator) if separator else line.split())]
+        return [part.replace(",", ".") for part in parts] if comma and separator != "," else parts
 
     def number(cell: str) -> float | None:
         try:
@@ -1315,19 +1342,18 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
         except ValueError:
             return None
 
-    rows, header, names = [], [], []
-    for where, line in lines:
+    rows = []
+    for where, line in lines[start:]:
         values = [number(cell) for cell in cells(line)]
-        if not rows and None in values:
-            header.append(line)
-            names = [name.strip().strip('"').strip() for name in (line.split(separator) if separator else line.split())]
-        elif None in values or (rows and len(values) != len(rows[0])):
-            raise ValueError(f"{path}, line {where}: {line[:40]!r} are not {len(rows[0])} number(s) as in the lines above")
-        else:
-            rows.append(values)
-    if len(rows) < 2:
-        raise ValueError(f"{path}: no column of numbers in it")
-    return "\n".join(header), names if len(names) == len(rows[0]) else [], np.array(rows)
+        if None in values or (rows and len(values) != len(rows[0])):
+            raise ValueError(f"{path}, line {where}: {line[:40]!r} is not {len(rows[0]) if rows else 1} number(s), as the lines above")
+        rows.append(values)
+    titles = [[part.strip(" \t\"'") for part in (line.split(separator) if separator else line.lstrip("# ").split())] for line in header[-2:]]
+    titles = [parts for parts in titles if len(parts) == len(rows[0])]
+    table = np.array(rows)
+    if table.shape[1] > 64:
+        raise ValueError(f"{path}: {table.shape[1]} columns are no recording")
+    return "\n".join(header), [" ".join(column) for column in zip(*titles)], table
 
 
 def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]) -> list[str]:
@@ -1382,6 +1408,8 @@ def export_detector(path: str | os.PathLike, out: str | os.PathLike) -> None:
     detector, out = load_detector(path), str(out)
     if detector.preprocessing["filter"] != "none":
         raise ValueError(f"{path}: --filter {detector.preprocessing['filter']} cannot be exported, it is not a part of the network")
+    if not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"{out}: there is no such folder")
     network = Answer(detector.answer.encoder, detector.content, zscore=detector.preprocessing["normalize"] == "zscore").eval()
     example = (torch.zeros(2, len(detector.leads), round(10 * detector.sample_rate_hz)),)
     program = torch.export.export(network, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
@@ -1407,7 +1435,7 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
     content = read_checkpoint(path)
     if "architecture" not in content:
         return f"{path}\nnot written by selfmis; top level: {', '.join(map(str, content))}"
-    config, encoder = content.get("config", {}), ResNet1D(**content["architecture"])
+    config, encoder = content.get("config", {}), load_encoder(path)
 
     def seen(entries: list[dict]) -> str:
         said = [f"{e['data']}, {e.get('records', 'unknown')} records {'with' if e['labels'] else 'without'} labels, folds {' '.join(map(str, e.get('folds', ['?'])))}" for e in entries]
@@ -1419,7 +1447,7 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
         f"input: lead {content['lead']} at {content['sample_rate_hz']:g} Hz, {', '.join(f'{k} {v}' for k, v in (content['preprocessing'] or {}).items())}",
         f"trained on, its teacher included: {seen(content['seen'])}",
     ]
-    if "head" in content:
+    if "classes" in content:
         lines.append(f"head: {len(content['classes'])} statements; its labels: {seen(content.get('head_seen', content['seen']))}")
     if "results" in content:
         interval = lambda c, key: "absent" if c[key] is None or c[key] != c[key] else f"{c[key]:.3f} ({c['low']:.3f} to {c['high']:.3f})"
@@ -2149,13 +2177,15 @@ def run_plot(arguments) -> None:
 def run_detect(arguments) -> int:
     """A table for each recording that can be read, a sentence for each that cannot; 2 if there was such a one, else 0."""
     detector, found, failed = load_detector(arguments.probe), [], 0
-    points = detector.points[arguments.point]
-    kinds = (".hea", ".csv", ".tsv", ".txt", ".npy")
-    paths = [p for given in map(Path, arguments.recordings) for p in (sorted(q for q in given.rglob("*") if q.suffix in kinds) if given.is_dir() else [given])]
-    if not paths or (arguments.picture and len(paths) > 1):
-        raise ValueError("no recording in " + ", ".join(arguments.recordings) if not paths else f"--picture: draws one recording, {len(paths)} were given")
+    points, kinds = detector.points[arguments.point], (".hea", ".csv", ".tsv", ".txt", ".npy")
+    inside = lambda folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
+    paths = [path for given in map(Path, arguments.recordings) for path in (given.is_dir() and inside(given) or [given])]
+    if arguments.picture and len(paths) > 1:
+        raise ValueError(f"--picture: draws one recording, {len(paths)} were given")
     for path in paths:
         try:
+            if path.is_dir():
+                raise ValueError(f"{path}: a folder without recordings")
             ecg, rate, said = read_recording(path, detector.leads, sample_rate_hz=arguments.sample_rate, unit=arguments.unit, column=arguments.column)
             answer = detector(ecg, rate)
         except (ValueError, OSError) as error:

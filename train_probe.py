@@ -515,8 +515,10 @@ def calibrate(logits: np.ndarray, y: np.ndarray) -> tuple[float, dict[str, torch
         last = np.append(p[order][1:] != p[order][:-1], True)  # equal scores pass together
         hits = y[order, k].astype(int)
         sensitivity, specificity = (np.cumsum(hits) / hits.sum())[last], (1 - np.cumsum(1 - hits) / (1 - hits).sum())[last]
+        scores = np.append(p[order][last], 0.0)
         for name, at in (("youden", np.argmax(sensitivity + specificity)), ("sensitivity_90", np.argmax(sensitivity >= 0.9))):
-            points[name][k] = torch.tensor([p[order][last][at], sensitivity[at], specificity[at]])
+            threshold = (scores[at] + scores[at + 1]) / 2  # between two records, so that no rounding decides
+            points[name][k] = torch.tensor([threshold, sensitivity[at], specificity[at]])
     return temperature, points
 
 
