@@ -1191,7 +1191,7 @@ class Detector:
     def __init__(self, path: str | os.PathLike):
         content = self.content = read_checkpoint(path)
         if "temperature" not in content:
-            raise ValueError(f"{path}: no calibrated head in it; give the probe.pt that train_probe.py writes")
+            raise ValueError(f"{path}: no calibrated head in it; give a probe.pt of train_probe.py (of an old version: probe again)")
         encoder = load_encoder(path)
         self.leads = LEADS if encoder.lead == "all" else (encoder.lead,)
         self.sample_rate_hz, self.preprocessing = encoder.sample_rate_hz, encoder.preprocessing
@@ -1257,7 +1257,10 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
             table, names = table[:, 1:], names[1:]
     stated = re.search(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast\w*|\bfs)\b[^\d\n]{0,12}(\d[\d.,]*)", header)
     stated = stated or re.search(r"(?im)^(?!.*(?:filter|pass|mains|notch|heart|puls)).*?(\d[\d.,]*)\s*(?:hz|hertz)\b", header)
-    rates = {"--sample-rate": sample_rate_hz, "header": stated and float(stated[1].strip(".,").replace(",", ".")), "time column": time_rate}
+    text_rate = stated and float(stated[1].strip(".,").replace(",", "."))
+    if text_rate and text_rate < 20 and "," in stated[1]:
+        text_rate = float(stated[1].replace(",", ""))  # 1,000 Hz, where 512,0 Hz is German
+    rates = {"--sample-rate": sample_rate_hz, "header": text_rate, "time column": time_rate}
     rates = {source: rate for source, rate in rates.items() if rate}
     if not rates:
         raise ValueError(f"{path}: its sample rate is not known; give --sample-rate")
@@ -1456,7 +1459,8 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
         lines += ["calibration: " + ", ".join(f"{name} {value:.4f}" for name, value in content["reliability"].items())]
     elif "metrics" in content:
         lines.append("metrics: " + ", ".join(f"{k} {v:.4g}" for k, v in content["metrics"].items()))
-    changed = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in config.items() if v not in (None, False, [], ""))
+    as_flag = lambda name, value: f"--{name.replace('_', '-')}" + ("" if value is True else " " + " ".join(map(str, value if isinstance(value, list) else [value])))
+    changed = " ".join(as_flag(name, value) for name, value in config.items() if value not in (None, False, [], "") and name not in ("overwrite", "resume"))
     return "\n".join([*lines, f"settings: {changed}", "limits: research code, not a medical device; one lead does not show every infarct, and other devices than its training data's were not tested"])
 
 
@@ -2180,6 +2184,8 @@ def run_detect(arguments) -> int:
     points, kinds = detector.points[arguments.point], (".hea", ".csv", ".tsv", ".txt", ".npy")
     inside = lambda folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
     paths = [path for given in map(Path, arguments.recordings) for path in (given.is_dir() and inside(given) or [given])]
+    if arguments.sample_rate is not None and not 1 <= arguments.sample_rate <= 100_000:
+        raise ValueError(f"--sample-rate {arguments.sample_rate:g}: expected 1 to 100,000 Hz")
     if arguments.picture and len(paths) > 1:
         raise ValueError(f"--picture: draws one recording, {len(paths)} were given")
     for path in paths:
