@@ -1096,13 +1096,16 @@ def synthesize(n: int, seed: int = 0, *, first: int = 0, types=None, stage=None,
                 continue
             signal = _beats(r_times[i], t, clocks[i], breathing[i], amplitudes[i][:, columns])             # (columns, T)
             if noise:
-                e = _electrode_noise(generator, t, electrodes, *(d[i] for d in disturbances), rate) * np.float32(noise)
+                e = _electrode_noise(generator, t, electrodes, *(d[i] for d in disturbances), rate)
+                e *= np.float32(noise)
                 chest = e[:3].mean(0) if electrodes > 3 else 0    # Wilson's central terminal
                 for row, column in zip(signal, columns):
                     row += e[column + 1] - (e[0] if column < 2 else chest)
             if step > 1:
                 signal = _decimate(signal, step)
-            signal = np.rint(signal * np.float32(1000)) * np.float32(.001)                                 # 1 uV steps, as PTB-XL
+            signal *= np.float32(1000)
+            np.rint(signal, out=signal)                           # 1 uV steps, as PTB-XL
+            signal *= np.float32(.001)
             mv = {INDEPENDENT[column]: row for row, column in zip(signal, columns)}
             for k, lead in enumerate(leads):                      # halves are exact: the laws hold to the last bit
                 x[begin + i, k] = mv[lead] if lead in mv else DERIVED[lead][0] * mv["I"] + DERIVED[lead][1] * mv["II"]
