@@ -1248,7 +1248,7 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
             said.append(f"--sample-rate {sample_rate_hz:g} contradicts the header's {rate:g} Hz; {sample_rate_hz:g} is used")
         return ecg, sample_rate_hz or rate, said
 
-    time_rate = None
+    time_rate = None  # 1. a first column of time
     if table.shape[1] > 1:
         name, t = names[0] if names else "", table[:, 0]
         step = (t[-1] - t[0]) / (len(t) - 1)
@@ -1258,6 +1258,7 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
             per_second = {"n": 1e9, "u": 1e6, "µ": 1e6, "μ": 1e6, "m": 1e3}[small[1].lower()] if small else 1e3 if step > 1 else 1
             time_rate = None if step == 1 and not small else per_second / step  # a step of 1 numbers the samples
             table, names = table[:, 1:], names[1:]
+    # 2. The rate: a line that names the sampling rate, else any number of Hz that is no filter's and no heart's.
     stated = re.search(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast\w*|\bfs)\b[^\d\n]{0,12}(\d[\d.,]*)", header)
     stated = stated or re.search(r"(?im)^(?!.*(?:filter|pass|mains|notch|heart|puls)).*?(\d[\d.,]*)\s*(?:hz|hertz)\b", header)
     text_rate = stated and float(stated[1].strip(".,").replace(",", "."))
@@ -1271,6 +1272,7 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
     if any(abs(other / rate - 1) > 0.01 for other in rates.values()):
         said.append(f"contradicting sample rates ({', '.join(f'{r:g} Hz by the {source}' for source, r in rates.items())}); {rate:g} Hz is used")
 
+    # 3. The columns of the leads.
     words = [re.split(r"[^A-Z0-9]+", name.upper()) for name in names]
     find = lambda lead: next((i for i, w in enumerate(words) if lead.upper() in w), -1)
     if column is not None and len(leads) == 1:
@@ -1281,6 +1283,7 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
         chosen = [0] if table.shape[1] == len(leads) == 1 else [LEADS.index(lead) if table.shape[1] == 12 else -1 for lead in leads]
     if not all(0 <= c < table.shape[1] for c in chosen):
         raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {table.shape[1]} ({', '.join(names) or 'without names'}); give --column NAME or its number")
+    # 4. The unit: where a line says so, else of the column, else anywhere in the header.
     about = "\n".join([names[chosen[0]] if names else "", header])
     stated = re.search(r"(?i)(?:unit|einheit)\w*\W+([^\s,;]+)", header) or re.search(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z])", about) or re.search(r"(?i)[(\[_](v)[)\]]", about)
     unit = unit or (stated[1] if stated else "mV")
