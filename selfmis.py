@@ -85,7 +85,9 @@ class SameConv1d(nn.Module):
         both = padding // 2
         if padding % 2:
             x, both = F.pad(x, (both, both + 1)), 0
-        return F.conv2d(x, conv.weight.unsqueeze(2), conv.bias, (1, stride), (0, both), groups=conv.groups)
+        # By way of two dimensions, so that the gradient comes back in the weight's own layout, as DistributedDataParallel wants it.
+        weight = conv.weight.flatten(1).unflatten(1, (-1, 1, kernel))
+        return F.conv2d(x, weight, conv.bias, (1, stride), (0, both), groups=conv.groups)
 
 
 class Block(nn.Module):
