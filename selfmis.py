@@ -222,7 +222,11 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
     `preprocess`), and seen (the data it was trained on, its teacher's included).  A twelve-lead encoder that was probed on
     one lead (leads 12, lead "I") wants that lead in its own row and zeros in the others.
     """
-    content = read_checkpoint(path)
+    return stored_encoder(read_checkpoint(path), path)
+
+
+def stored_encoder(content: dict, path: str | os.PathLike) -> ResNet1D:
+    """load_encoder of a checkpoint that is read already; path is for its errors."""
     if "encoder" not in content or "architecture" not in content:
         known = "an ECGFounder file: use load_ecgfounder" if "state_dict" in content else "not a checkpoint of selfmis"
         raise ValueError(f"{path}: no encoder of selfmis in it; this is {known}")
@@ -1197,7 +1201,7 @@ class Detector:
         content = self.content = read_checkpoint(path)
         if "temperature" not in content:
             raise ValueError(f"{path}: no calibrated head in it; give a probe.pt of train_probe.py (of an old version: probe again)")
-        encoder = load_encoder(path)
+        encoder = stored_encoder(content, path)
         self.leads = LEADS if encoder.lead == "all" else (encoder.lead,)
         self.sample_rate_hz, self.preprocessing = encoder.sample_rate_hz, encoder.preprocessing
         self.answer = Answer(encoder, content).eval()
@@ -1446,7 +1450,7 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
     content = read_checkpoint(path)
     if "architecture" not in content:
         return f"{path}\nnot written by selfmis; top level: {', '.join(map(str, content))}"
-    config, encoder = content.get("config", {}), load_encoder(path)
+    config, encoder = content.get("config", {}), stored_encoder(content, path)
 
     def seen(entries: list[dict]) -> str:
         said = [f"{e['data']}, {e.get('records', 'unknown')} records {'with' if e['labels'] else 'without'} labels, folds {' '.join(map(str, e.get('folds', ['?'])))}" for e in entries]
@@ -1694,7 +1698,7 @@ def open_encoder(spec: str, leads: int, size: str | None) -> ResNet1D | None:
         return None
     content = read_checkpoint(spec)
     if "architecture" in content:
-        encoder = load_encoder(spec)
+        encoder = stored_encoder(content, spec)
     else:
         stem = content.get("state_dict", content).get("first_conv.conv.weight")
         if stem is None:
@@ -1781,9 +1785,18 @@ def save(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: torch.save(content, file))
 
 
+def nan_to_none(content):
+    """JSON has no NaN."""
+    if isinstance(content, dict):
+        return {key: nan_to_none(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [nan_to_none(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
+
+
 def write_json(path: Path, content) -> None:
     """config.json, results.json."""
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+    write_atomically(path, lambda file: file.write((json.dumps(nan_to_none(content), indent=1) + "\n").encode()))
 
 
 def append_json(path: Path, **entry) -> None:
@@ -2223,7 +2236,7 @@ def run_detect(arguments) -> int:
                 n, verdict = detector.positives[t], "absent from the validation fold" if threshold != threshold else "POSITIVE" if p >= threshold else "negative"
                 print(f"{t:<7}{p:11.4f}{threshold:11.4f}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{f' (threshold from {n} cases)' if 0 < n < 20 else ''}")
     if arguments.json:
-        print(json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=1))  # JSON has no NaN
+        print(json.dumps(nan_to_none(found), indent=1))
     else:
         print("\nresearch code, not a medical device: an infarct of today needs an emergency call, not this table")
     return failed

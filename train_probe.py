@@ -128,7 +128,7 @@ def main(config: ProbeConfig) -> dict:
         results["reliability"] = reliability(fit.logits, records.labels[test], temperature)
         content |= dict(kind="probe", head=(fit.weight, fit.bias), classes=list(STATEMENTS), temperature=temperature, points=points)
         content |= dict(positives=torch.from_numpy(records.labels[split["val"]].sum(0, dtype=int)), head_seen=selfmis.data_seen(records[split["train"]], labels=True))
-        content |= dict(results={name: nan_to_none(results[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"], config=results["config"])
+        content |= dict(results={name: selfmis.nan_to_none(results[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"], config=results["config"])
         selfmis.save(out / "probe.pt", content | selfmis.environment())
     arrays = {"logits_" + name.replace(", ", "_").replace(" ", "_"): np.stack([fit.logits for fit in at_full(fits)]).astype(np.float32) for name, fits in heads.items()}
     arrays |= dict(labels=records.labels[test], fold=records.folds[test], patient=records.patients[test], record=np.array([records.name(i) for i in test]))
@@ -140,7 +140,7 @@ def main(config: ProbeConfig) -> dict:
     (out / "results.md").write_text(f"{config.encoder}, lead {view.lead}, {view.sample_rate_hz:g} Hz, tested on {folds}\n\n{table}\n")
     draw_roc(out / "roc.png", within_folds(at_full(heads[first])[0].logits, records.folds[test]), records.labels[test], results)
     ranks.print(f"\nAUC on {folds}, {len(test):,} records of {len(np.unique(records.patient_keys()[test])):,} patients; in brackets the 95 % bootstrap interval by patient\n{table}")
-    selfmis.write_json(out / "results.json", nan_to_none(results))  # last: with it the run is finished
+    selfmis.write_json(out / "results.json", results)  # last: with it the run is finished
     compare(out, config.compare)
     if "reliability" in results:
         print("calibration of the nine types ({} head, one temperature from the validation fold): ".format(first) + ", ".join(f"{name} {value:.4f}" for name, value in results["reliability"].items()))
@@ -560,7 +560,7 @@ def compare(out: Path, others: list[str]) -> None:
     said = [f"\nthis run minus {other}: difference of AUC with its 95 % interval, paired by patient\n{as_table(dict(heads=c, types=results['types']), '{:+.3f}')}\n" for other, c in compared.items()]
     print("".join(said), flush=True)
     (out / "results.md").write_text((out / "results.md").read_text().split("\nthis run minus ")[0] + "".join(said))
-    selfmis.write_json(out / "results.json", nan_to_none(results))
+    selfmis.write_json(out / "results.json", results)
 
 
 def columns(group: str) -> list[int]:
@@ -581,15 +581,6 @@ def summarize(auc: np.ndarray, draws: np.ndarray, y: np.ndarray) -> dict:
         low, high = selfmis.interval(draws[:, k])
         summary["types"][t] = dict(auc=float(auc[k]), low=low, high=high, positives=int(y[:, k].sum()))
     return summary
-
-
-def nan_to_none(content):
-    """JSON has no NaN."""
-    if isinstance(content, dict):
-        return {key: nan_to_none(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [nan_to_none(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def as_table(results: dict, form: str = "{:.3f}") -> str:
