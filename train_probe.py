@@ -37,6 +37,7 @@ class ProbeConfig(Config):
     head: str = flag("both", "adam: the paper's; logistic: L2, solved to convergence, its strength chosen on the validation fold", choices=("adam", "logistic", "both"))
     seeds: int = flag(1, "train the heads this often, from seed, seed + 1, ...", type=int)
     fractions: list[float] = flag([1.0], "shares of the training records whose labels are used, drawn at random for each seed (default: 1)", type=float, nargs="+", metavar="F")
+    synthetic_only: bool = flag(False, "train on the synthetic records of --data alone; the real ones choose and test")
     rotate: bool = flag(False, "let every fold be the test fold once; for encoders that never saw labels of these data")
     compare: list[str] = flag([], "folder of another run on the same test records: difference and its paired interval; repeatable", action="append", type=str, metavar="RUN")
     baseline: bool = flag(False, "probe a random encoder of the same size too, beside this one")
@@ -75,6 +76,9 @@ def main(config: ProbeConfig) -> dict:
         raise ValueError(f"--data {' '.join(config.data)}: probing needs labels; give PTB-XL or synthetic:N")
     unlabelled = ~records.labels.any(1)
     records = records[~unlabelled]
+    if config.synthetic_only:
+        synthetic = np.array([kind == "synthetic" for kind, _ in records.sources])[records.source]
+        records = records[synthetic | np.isin(records.folds, (config.val_fold, config.test_fold))]
     out = selfmis.open_run(config, ranks)
     if config.resume and (out / "results.json").exists():
         results = json.loads((out / "results.json").read_text())
@@ -156,6 +160,9 @@ def main(config: ProbeConfig) -> dict:
 def check_flags(config: ProbeConfig) -> None:
     if not all(0 < fraction <= 1 for fraction in config.fractions):
         raise ValueError(f"--fractions {' '.join(map(str, config.fractions))}: expected shares of the training records, above 0 and at most 1")
+    kinds = {data.startswith("synthetic:") for data in config.data}
+    if config.synthetic_only and (len(kinds) < 2 or config.rotate):
+        raise ValueError("--synthetic-only: give real and synthetic --data, e.g. --data synthetic:15000 --data ptb-xl, and no --rotate")
     if config.finetune and (config.seeds > 1 or config.baseline or config.rotate or len(config.fractions) > 1):
         raise ValueError("--finetune trains one network: repeat it with another --seed, --fractions and --out instead of --seeds, --baseline, --rotate or several fractions")
 
@@ -476,7 +483,8 @@ def evaluate(heads: dict[str, list[Fit]], y: np.ndarray, folds: np.ndarray, pati
             auc = selfmis.macro_auc(y, within_folds(fit.logits, folds))[1]
             groups = {group: float(np.nanmean(auc[columns(group)])) for group in GROUPS}
             runs.append(dict(seed=fit.seed, fraction=fit.fraction, head=head, **groups, types={t: float(auc[STATEMENTS.index(t)]) for t in MI_TYPES}))
-        results[head] = summarize(*mean_auc([fit.logits for fit in at_full(fits)], y, folds, patients), y)
+        logits = [fit.logits for fit in at_full(fits)]
+        results[head] = summarize(*mean_auc(logits, y, folds, patients), y) | dict(any=any_infarct(logits, y, folds, patients))
     return dict(**results[next(iter(heads))], heads=results, runs=runs)
 
 
@@ -496,6 +504,17 @@ def mean_auc(logits, y: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> 
     """Mean over seeds of the AUC (K,) and of its bootstrap draws (R, K)."""
     scores = [within_folds(one, folds) for one in logits]
     return np.mean([selfmis.macro_auc(y, one)[1] for one in scores], 0), np.mean([selfmis.bootstrap_auc(y, one, patients) for one in scores], 0)
+
+
+def any_infarct(logits, y: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> dict[str, dict]:
+    """AUC of the probability that there is any of the nine, 1 - prod(1 - p): against all other records, and against the normal ones."""
+    infarct, found = y[:, columns("nine")].any(1), {}
+    for other, rows in (("all others", infarct | True), ("NORM", infarct | (y[:, STATEMENTS.index("NORM")] > 0))):
+        scores = [np.logaddexp(0, one[rows][:, columns("nine")]).sum(1, keepdims=True) for one in logits]  # -log(1 - p), summed
+        auc, draws = mean_auc(scores, infarct[rows, None], folds[rows], patients[rows])
+        low, high = selfmis.interval(draws[:, 0])
+        found[other] = dict(auc=float(auc[0]), low=low, high=high, positives=int(infarct.sum()), negatives=int((~infarct[rows]).sum()))
+    return found
 
 
 def calibrate(logits: np.ndarray, y: np.ndarray) -> tuple[float, dict[str, torch.Tensor]]:
@@ -584,7 +603,7 @@ def summarize(auc: np.ndarray, draws: np.ndarray, y: np.ndarray) -> dict:
 
 
 def as_table(results: dict, form: str = "{:.3f}") -> str:
-    """The nine types and the three means, a column for each head, as Markdown."""
+    """The nine types, their three means and all infarcts as one, a column for each head, as Markdown."""
     heads = results["heads"]
 
     def cell(c: dict, key: str) -> str:
@@ -601,6 +620,9 @@ def as_table(results: dict, form: str = "{:.3f}") -> str:
         missing = len(GROUPS[group]) - cells[0]["classes"]
         name += f" ({missing} absent)" if missing else ""
         lines.append(f"| {name:<17} | {total:>4} | {' | '.join(cell(c, 'mean') for c in cells)} |")
+    for other in results["heads"][next(iter(heads))].get("any", ()):
+        cells = [summary["any"][other] for summary in heads.values()]
+        lines.append(f"| {f'any MI, {other}':<17} | {cells[0]['positives']:>4} | {' | '.join(cell(c, 'auc') for c in cells)} |")
     return "\n".join(lines)
 
 

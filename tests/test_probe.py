@@ -1,6 +1,7 @@
 """The probe: heads, choices that never see the test fold, results and files."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -217,6 +218,46 @@ def test_rotation_tests_every_record_once_with_a_head_that_never_saw_its_fold(tm
     alone = main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], head="adam", epochs=3, val_fold=3, test_fold=4, out=str(tmp_path / "four"), workers=0))
     np.testing.assert_allclose(saved["logits"][saved["fold"] == 4], np.load(tmp_path / "four/predictions.npz")["logits"], rtol=1e-4, atol=1e-5)
     assert alone["types"]["IMI"]["positives"] == 1 and not (tmp_path / "all/probe.pt").exists()
+
+
+def test_any_infarct_is_one_minus_the_product():
+    """Against all others and against NORM alone, by probabilities in float64; a single head and the mean of two."""
+    rng = np.random.default_rng(0)
+    y = np.zeros((60, 44), np.uint8)
+    y[np.arange(60), [selfmis.STATEMENTS.index(name) for name in ("IMI", "ASMI", "PMI", "NORM", "NORM", "LVH") * 10]] = 1
+    logits = rng.normal(size=(2, 60, 44)) + 0.7 * y
+    one = np.zeros(60, int)
+    nine = [selfmis.STATEMENTS.index(t) for t in selfmis.MI_TYPES]
+    expected = {"all others": [], "NORM": []}
+    for run in logits:
+        p = 1 - np.prod(1 - 1 / (1 + np.exp(-run[:, nine])), 1)
+        for other, negatives in (("all others", (3, 4, 5)), ("NORM", (3, 4))):
+            pairs = [(p[i] > p[j]) for i in range(60) if i % 6 < 3 for j in range(60) if j % 6 in negatives]
+            expected[other].append(np.mean(pairs))
+    found = train_probe.any_infarct(list(logits), y, one, np.arange(60))
+    for other, n in (("all others", 30), ("NORM", 20)):
+        c = found[other]
+        assert c["auc"] == pytest.approx(np.mean(expected[other])) and c["low"] < c["auc"] < c["high"] and (c["positives"], c["negatives"]) == (30, n)
+
+
+def test_synthetic_records_alone_train(tmp_path, ptbxl, tiny, capsys):
+    """Real records choose and test: those of the other folds are not read, and change nothing."""
+    make = lambda out, root=ptbxl, **more: ProbeConfig(data=["synthetic:60", str(root)], encoder=tiny[1], synthetic_only=True, head="adam", epochs=3, out=str(tmp_path / out), workers=0, **more)
+    main(make("a"))
+    counts, content = json.loads((tmp_path / "a/config.json").read_text())["records"], torch.load(tmp_path / "a/probe.pt", weights_only=True)
+    assert (counts["train"], counts["val"], counts["test"]) == (60, 8, 8)
+    assert content["head_seen"] == [{"data": "synthetic:2", "folds": [1], "labels": True, "records": 60}]
+    root = tmp_path / "ptb-xl"
+    root.mkdir()
+    (root / "records100").symlink_to(ptbxl / "records100")
+    lines = (ptbxl / "ptbxl_database.csv").read_text().splitlines(True)
+    (root / "ptbxl_database.csv").write_text("".join(line for line in lines if ",9," in line or ",10," in line or "ecg_id" in line))
+    main(make("b", root))
+    assert all(torch.equal(a, b) for a, b in zip(content["head"], torch.load(tmp_path / "b/probe.pt", weights_only=True)["head"]))
+    assert "any MI, NORM" in (tmp_path / "a/results.md").read_text()
+    for more in (dict(data=[str(ptbxl)]), dict(rotate=True)):
+        with pytest.raises(ValueError, match="--synthetic-only: give real and synthetic --data"):
+            main(dataclasses.replace(make("c"), **more))
 
 
 def test_folds_are_ranked_on_their_own_before_they_are_joined():
