@@ -1252,16 +1252,19 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
             said.append(f"--sample-rate {sample_rate_hz:g} contradicts the header's {rate:g} Hz; {sample_rate_hz:g} is used")
         return ecg, sample_rate_hz or rate, said
 
-    time_rate = None  # 1. a first column of time
+    time_rate, clock = None, re.compile(r"(?i)time|zeit|elapsed|stamp")  # 1. a first column of time
     if table.shape[1] > 1:
         name, t = names[0] if names else "", table[:, 0]
         step = (t[-1] - t[0]) / (len(t) - 1)
         even = np.abs(t - np.linspace(t[0], t[-1], len(t))).max() <= step  # rounded times are
-        if (np.diff(t) >= 0).all() and step > 0 and (even or re.search(r"(?i)time|zeit|elapsed|stamp", name)):
+        if (np.diff(t) >= 0).all() and step > 0 and (even or clock.search(name)):
             small = re.search(r"(?i)(?<![a-z])([nuµμm])s(?![a-z])", name)
             per_second = {"n": 1e9, "u": 1e6, "µ": 1e6, "μ": 1e6, "m": 1e3}[small[1].lower()] if small else 1e3 if step > 1 else 1
             time_rate = None if step == 1 and not small else per_second / step  # a step of 1 numbers the samples
             table, names = table[:, 1:], names[1:]
+        signals = [i for i, name in enumerate(names) if not clock.search(name)]
+        if signals:  # some recorders write several times
+            table, names = table[:, signals], [names[i] for i in signals]
     # 2. The rate: a line that names the sampling rate, else any number of Hz that is no filter's and no heart's.
     stated = re.search(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast\w*|\bfs)\b[^\d\n]{0,12}(\d[\d.,]*)", header)
     stated = stated or re.search(r"(?im)^(?!.*(?:filter|pass|mains|notch|heart|puls)).*?(\d[\d.,]*)\s*(?:hz|hertz)\b", header)
@@ -1319,7 +1322,7 @@ def read_array(path: str) -> np.ndarray:
 
 
 def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
-    """(header lines, names of columns, table (samples, columns)) of a delimited text file; an empty cell is NaN."""
+    """(header lines, names of columns, table (samples, columns)) of a delimited text file; an empty cell is NaN, a time stamp seconds of its day."""
     raw = Path(path).read_bytes()
     if len(raw) > 2**28 or b"\0" in raw[:4096]:
         raise ValueError(f"{path}: {'larger than 256 MiB' if len(raw) > 2**28 else 'binary'}, so not a recording as text")
@@ -1327,42 +1330,45 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
-    lines = [(where, line.strip()) for where, line in enumerate(text.splitlines(), 1) if line.strip(" \t,;\"'")]
-    word = re.compile(r"(?i)\b(?:nan|inf)\b|(?<=[\d.,])e(?=[+-]?\d)")  # the letters that numbers have
-    numeric = [bool(re.search(r"\d|nan|inf", line, re.I)) and not re.search(r"[^\W\d_]|[:/]", word.sub("", line)) for _, line in lines]
-    start = next((i for i in range(len(lines)) if all(numeric[i : i + 2])), len(lines))
-    data, header = [line for _, line in lines[start:]], [line for _, line in lines[:start]]
-    if len(data) < 2:
-        raise ValueError(f"{path}: no column of numbers in it")
-
-    blanks = all(len(line.split()) == len(data[0].split()) > 1 for line in data[:100])
-    separator = next((c for c in ";\t" if all(c in line for line in data[:100])), None)
-    comma = any("," in line for line in data)
-    if separator is None and comma and not (blanks and not any(", " in line for line in data[:100])):
-        halves = [line.strip("\"'").partition(",") for line in data]
-        whole = [int(a) for a, _, _ in halves if re.fullmatch(r"[+-]?\d+", a)]
-        pairs = len(whole) == len(data) and all(b.isdigit() or not b for _, _, b in halves)  # one comma a line, no point, no second sign
-        comma = pairs and any(b < a for a, b in zip(whole, whole[1:]))  # one column with decimal commas, unless the first is a time
-        separator = None if comma else ","
+    lines = [(where, line) for where, line in enumerate(text.splitlines(), 1) if line.strip(" \t,;\"'")]
 
     def cells(line: str) -> list[str]:
-        parts = [part.strip(" \t\"'") for part in (line.split(separator) if separator else line.split())]
-        return [part.replace(",", ".") for part in parts] if comma and separator != "," else parts
+        parts = next(csv.reader([line], delimiter=separator, skipinitialspace=True)) if separator else line.split()
+        return [part.strip(" \t\"'") for part in parts]
 
-    def number(cell: str) -> float | None:
+    def number(cell: str) -> float:
+        if ":" in cell:  # the time in a stamp, in seconds
+            return sum(60**k * float(part) for k, part in enumerate(reversed(re.split("[ T]", cell)[-1].rstrip("Z").split(":"))))
+        return float(cell or "nan")
+
+    def numbers(line: str) -> list[float] | None:
         try:
-            return float(cell) if cell else math.nan
-        except ValueError:
+            return [number(cell.replace(",", ".")) for cell in cells(line)]
+        except (ValueError, csv.Error):
             return None
+
+    tail = [line for _, line in lines[-100:]]
+    counts = {}
+    for separator in [c for c in ";\t" if all(c in line for line in tail)][:1] or (None, ","):
+        counts[separator] = sum(numbers(line) is not None for line in tail)
+    separator = max(counts, key=counts.get)
+    start = next((i for i in range(len(lines) - 1) if numbers(lines[i][1]) and numbers(lines[i + 1][1])), len(lines))
+    if start == len(lines):
+        raise ValueError(f"{path}: no column of numbers in it")
+    ahead = [(numbers(line) or [])[:2] for _, line in lines[start : start + 1000]]
+    if separator is None and all(len(values) == 1 and line.count(",") == 1 for values, (_, line) in zip(ahead, lines[start:])):
+        whole = np.trunc(np.concatenate(ahead))  # "0,123": two columns, or a decimal comma?
+        if (np.diff(whole) >= 0).all() and whole[-1] > whole[0]:
+            separator = ","  # what stands before the comma is a time; an ECG goes up and down
 
     rows = []
     for where, line in lines[start:]:
-        values = [number(cell) for cell in cells(line)]
-        if None in values or (rows and len(values) != len(rows[0])):
-            raise ValueError(f"{path}, line {where}: {line[:40]!r} is not {len(rows[0]) if rows else 1} number(s), as the lines above")
+        values = numbers(line)
+        if values is None or (rows and len(values) != len(rows[0])):
+            raise ValueError(f"{path}, line {where}: {line.strip()[:40]!r} is not {len(rows[0]) if rows else 1} number(s), as the lines above")
         rows.append(values)
-    titles = [[part.strip(" \t\"'") for part in (line.split(separator) if separator else line.lstrip("# ").split())] for line in header[-2:]]
-    titles = [parts for parts in titles if len(parts) == len(rows[0])]
+    header = [line for _, line in lines[:start]]
+    titles = [parts for parts in (cells(line.lstrip("# ")) for line in header[-2:]) if len(parts) == len(rows[0])]
     table = np.array(rows)
     if table.shape[1] > 64:
         raise ValueError(f"{path}: {table.shape[1]} columns are no recording")

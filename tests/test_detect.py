@@ -3,6 +3,7 @@
 With SELFMIS_PTBXL=/path/to/ptb-xl the input checks are also measured on real records.
 """
 
+import datetime
 import gzip
 import io
 import json
@@ -248,6 +249,37 @@ def test_two_columns_of_whole_numbers_are_no_decimal_commas(tmp_path, source):
     path = write_text(tmp_path / "x.csv", ["time_ms,adc"], [np.rint(np.arange(len(steps)) / 0.512).astype(int), steps], form="{}")
     ecg, rate, _ = read_recording(path, ("I",))
     assert rate == pytest.approx(512, rel=1e-3) and np.array_equal(ecg[0], steps)
+
+
+def test_decimal_commas_of_a_small_signal_in_millivolts(tmp_path, source):
+    """Under 1 mV all whole parts are 0, which no time is."""
+    mv = np.round(0.3 * source[0, 0, :4000] / np.abs(source[0, 0]).max(), 4)
+    path = write_text(tmp_path / "x.csv", ["500 Hz", "Einheit: mV"], [mv], form="{:.4f}", comma=True)
+    np.testing.assert_allclose(read_recording(path, ("I",))[0][0], mv, atol=1e-9)
+    assert "0,0" in path.read_text()
+
+
+def test_quoted_decimal_commas_in_several_columns(tmp_path, source):
+    path = tmp_path / "x.csv"
+    quoted = lambda *values: ",".join(f'"{value:.4f}"'.replace(".", ",") for value in values)
+    path.write_text("\n".join(['"Zeit","II (mV)","I (mV)"', *(quoted(i / 500, *row) for i, row in enumerate(source[0, [1, 0]].T))]))
+    ecg, rate, said = read_recording(path, ("I",))
+    assert rate == pytest.approx(500, rel=1e-3) and said == []
+    np.testing.assert_allclose(ecg[0], source[0, 0], atol=6e-5)
+
+
+@pytest.mark.parametrize("stamp", ["%Y-%m-%dT%H:%M:%S.%f", "%H:%M:%S.%f", "%d/%m/%Y %H:%M:%S.%fZ"])
+def test_time_stamps_and_a_second_time(tmp_path, source, stamp):
+    """As chest straps write: 130 Hz, a stamp, nanoseconds, then the signal in microvolts."""
+    uv = np.rint(1e3 * selfmis.resample(source[0, :1], 500, 130)[0]).astype(int)
+    start = datetime.datetime(2026, 3, 1, 9, 59, 55)
+    stamps = [(start + datetime.timedelta(seconds=i / 130)).strftime(stamp) for i in range(len(uv))]
+    lines = [f"{at};{5 * 10**17 + round(1e9 * i / 130)};{v}" for i, (at, v) in enumerate(zip(stamps, uv))]
+    path = tmp_path / "strap.txt"
+    path.write_text("\n".join(["Phone timestamp;sensor timestamp [ns];ecg [uV]", *lines]))
+    ecg, rate, said = read_recording(path, ("I",))
+    assert rate == pytest.approx(130, rel=1e-3) and said == []
+    np.testing.assert_allclose(ecg[0], uv / 1e3, atol=1e-9)
 
 
 # --- from a signal to probabilities ---
