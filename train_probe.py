@@ -509,7 +509,7 @@ def mean_auc(logits, y: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> 
 def any_infarct(logits, y: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> dict[str, dict]:
     """AUC of the probability that there is any of the nine, 1 - prod(1 - p): against all other records, and against the normal ones."""
     infarct, found = y[:, columns("nine")].any(1), {}
-    for other, rows in (("all others", infarct | True), ("NORM", infarct | (y[:, STATEMENTS.index("NORM")] > 0))):
+    for other, rows in (("others", infarct | True), ("NORM", infarct | (y[:, STATEMENTS.index("NORM")] > 0))):
         scores = [np.logaddexp(0, one[rows][:, columns("nine")]).sum(1, keepdims=True) for one in logits]  # -log(1 - p), summed
         auc, draws = mean_auc(scores, infarct[rows, None], folds[rows], patients[rows])
         low, high = selfmis.interval(draws[:, 0])
@@ -622,7 +622,7 @@ def as_table(results: dict, form: str = "{:.3f}") -> str:
         lines.append(f"| {name:<17} | {total:>4} | {' | '.join(cell(c, 'mean') for c in cells)} |")
     for other in results["heads"][next(iter(heads))].get("any", ()):
         cells = [summary["any"][other] for summary in heads.values()]
-        lines.append(f"| {f'any MI, {other}':<17} | {cells[0]['positives']:>4} | {' | '.join(cell(c, 'auc') for c in cells)} |")
+        lines.append(f"| {f'any MI vs. {other}':<17} | {cells[0]['positives']:>4} | {' | '.join(cell(c, 'auc') for c in cells)} |")
     return "\n".join(lines)
 
 
