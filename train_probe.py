@@ -105,7 +105,7 @@ def main(config: ProbeConfig) -> dict:
     if config.finetune:
         split["train"] = part_of(split["train"], config.fractions[0], config.seed)
         content, features = finetune(config, shown, y, split, out, ranks)
-        heads = {"finetune": [Fit(config.seed, config.fractions[0], *content["head"], score(features[test], *content["head"]))]}
+        heads = {"finetune": [Fit(config.seed, config.fractions[0], *content["head"], *(score(features[rows], *content["head"]) for rows in (test, split["val"])))]}
         features = {"": features}
     else:
         rows = np.unique(np.concatenate([part for split in splits for part in split.values()]))
@@ -127,15 +127,18 @@ def main(config: ProbeConfig) -> dict:
     first = next(iter(heads))
     if not config.rotate:
         fit = at_full(heads[first])[0]
-        validation = score(features[""][split["val"]], fit.weight, fit.bias)
-        temperature, points = calibrate(validation, records.labels[split["val"]])
+        temperature, points = calibrate(fit.validation, records.labels[split["val"]])
         results["reliability"] = reliability(fit.logits, records.labels[test], temperature)
         content |= dict(kind="probe", head=(fit.weight, fit.bias), classes=list(STATEMENTS), temperature=temperature, points=points)
         content |= dict(positives=torch.from_numpy(records.labels[split["val"]].sum(0, dtype=int)), head_seen=selfmis.data_seen(records[split["train"]], labels=True))
         content |= dict(results={name: selfmis.nan_to_none(results[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"], config=results["config"])
         selfmis.save(out / "probe.pt", content | selfmis.environment())
-    arrays = {"logits_" + name.replace(", ", "_").replace(" ", "_"): np.stack([fit.logits for fit in at_full(fits)]).astype(np.float32) for name, fits in heads.items()}
+    stacked = lambda part: {name.replace(", ", "_").replace(" ", "_"): np.stack([getattr(fit, part) for fit in at_full(fits)]).astype(np.float32) for name, fits in heads.items()}
+    arrays = {"logits_" + name: logits for name, logits in stacked("logits").items()}
     arrays |= dict(labels=records.labels[test], fold=records.folds[test], patient=records.patients[test], record=np.array([records.name(i) for i in test]))
+    if not config.rotate:  # what settings may be chosen by
+        arrays |= {"validation_logits_" + name: logits for name, logits in stacked("validation").items()}
+        arrays |= dict(validation_labels=records.labels[split["val"]], validation_patient=records.patients[split["val"]])
     selfmis.write_atomically(out / "predictions.npz", lambda file: np.savez_compressed(file, logits=arrays[next(iter(arrays))][0], **arrays))
     table = as_table(results)
     if len(config.fractions) > 1:
@@ -260,6 +263,7 @@ class Fit(NamedTuple):
     weight: torch.Tensor  # (K, D)
     bias: torch.Tensor  # (K,)
     logits: np.ndarray  # (N, K)
+    validation: np.ndarray  # (N, K), the same of the validation fold
 
 
 def at_full(fits: list[Fit]) -> list[Fit]:
@@ -280,8 +284,10 @@ def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits
                     rows, val = part_of(split["train"], fraction, seed), split["val"]
                     weight, bias, said = train(x[rows], target[rows], x[val], target[val], config, seed)
                     logits.append(score(features[split["test"]], weight, bias))
-                    ranks.print(f"{head} head, seed {seed}{f', {len(rows):,} labels' if fraction < 1 else ''}: {said}")
-                heads.setdefault(head, []).append(Fit(seed, fraction, weight, bias, np.concatenate(logits)))
+                    validation = score(features[val], weight, bias)
+                    means = group_means(selfmis.macro_auc(y[val], validation)[1])
+                    ranks.print(f"{head} head, seed {seed}{f', {len(rows):,} labels' if fraction < 1 else ''}: {said} (nine {means['nine']:.4f}, six {means['six']:.4f})")
+                heads.setdefault(head, []).append(Fit(seed, fraction, weight, bias, np.concatenate(logits), validation))
     return heads
 
 
@@ -481,11 +487,15 @@ def evaluate(heads: dict[str, list[Fit]], y: np.ndarray, folds: np.ndarray, pati
     for head, fits in heads.items():
         for fit in fits:
             auc = selfmis.macro_auc(y, within_folds(fit.logits, folds))[1]
-            groups = {group: float(np.nanmean(auc[columns(group)])) for group in GROUPS}
-            runs.append(dict(seed=fit.seed, fraction=fit.fraction, head=head, **groups, types={t: float(auc[STATEMENTS.index(t)]) for t in MI_TYPES}))
+            runs.append(dict(seed=fit.seed, fraction=fit.fraction, head=head, **group_means(auc), types={t: float(auc[STATEMENTS.index(t)]) for t in MI_TYPES}))
         logits = [fit.logits for fit in at_full(fits)]
         results[head] = summarize(*mean_auc(logits, y, folds, patients), y) | dict(any=any_infarct(logits, y, folds, patients))
     return dict(**results[next(iter(heads))], heads=results, runs=runs)
+
+
+def group_means(auc: np.ndarray) -> dict[str, float]:
+    """(K,) -> the mean of each group over the statements that are there."""
+    return {group: float(np.nanmean(auc[columns(group)])) if np.isfinite(auc[columns(group)]).any() else math.nan for group in GROUPS}
 
 
 def within_folds(logits: np.ndarray, folds: np.ndarray) -> np.ndarray:

@@ -98,6 +98,10 @@ def test_files_and_their_fields(probed):
     assert saved["logits"].dtype == np.float32 and saved["logits_adam"].shape == (2, 8, 44) and (saved["fold"] == 10).all()
     auc = selfmis.macro_auc(saved["labels"], saved["logits_adam"][1])[1]
     assert auc[selfmis.STATEMENTS.index("IMI")] == results["runs"][1]["types"]["IMI"]
+    content, y = torch.load(probed / "probe.pt", weights_only=True), saved["validation_labels"]
+    threshold, sensitivity, _ = content["points"]["youden"][selfmis.STATEMENTS.index("IMI")].tolist()
+    p = 1 / (1 + np.exp(-saved["validation_logits_adam"][0, :, selfmis.STATEMENTS.index("IMI")] / content["temperature"]))
+    assert y.sum(0).tolist() == content["positives"].tolist() and sensitivity == np.mean(p[y[:, selfmis.STATEMENTS.index("IMI")] == 1] >= threshold)
 
 
 def test_probe_pt_reproduces_its_predictions_and_the_encoder_is_untouched(probed, ptbxl, tiny):
