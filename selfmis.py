@@ -1252,30 +1252,40 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
             said.append(f"--sample-rate {sample_rate_hz:g} contradicts the header's {rate:g} Hz; {sample_rate_hz:g} is used")
         return ecg, sample_rate_hz or rate, said
 
-    time_rate, clock = None, re.compile(r"(?i)time|zeit|elapsed|stamp")  # 1. a first column of time
-    if table.shape[1] > 1:
-        name, t = names[0] if names else "", table[:, 0]
+    # 1. Columns of time: those whose name says so, else the first if it grows evenly.
+    clock, time_rate, found = re.compile(r"(?i)time|zeit|elapsed|stamp"), None, []
+    named = [i for i, name in enumerate(names) if clock.search(name)]
+    for i in (named or [0]) if table.shape[1] > 1 else ():
+        t = table[:, i] + 86400 * np.cumsum(np.diff(table[:, i], prepend=table[0, i]) < -43200)  # past midnight
         step = (t[-1] - t[0]) / (len(t) - 1)
         even = np.abs(t - np.linspace(t[0], t[-1], len(t))).max() <= step  # rounded times are
-        if (np.diff(t) >= 0).all() and step > 0 and (even or clock.search(name)):
-            small = re.search(r"(?i)(?<![a-z])([nuµμm])s(?![a-z])", name)
-            per_second = {"n": 1e9, "u": 1e6, "µ": 1e6, "μ": 1e6, "m": 1e3}[small[1].lower()] if small else 1e3 if step > 1 else 1
-            time_rate = None if step == 1 and not small else per_second / step  # a step of 1 numbers the samples
-            table, names = table[:, 1:], names[1:]
-        signals = [i for i, name in enumerate(names) if not clock.search(name)]
-        if signals:  # some recorders write several times
-            table, names = table[:, signals], [names[i] for i in signals]
+        if (np.diff(t) >= 0).all() and step > 0 and (even or named):
+            found.append((not even, i, step if even else np.median(np.diff(t)) or step))
+    if found:
+        uneven, i, step = min(found)
+        small = re.search(r"(?i)(?<![a-z])([nuµμm])s(?:ec\w*)?(?![a-z])", names[i] if names else "")
+        per_second = {"n": 1e9, "u": 1e6, "µ": 1e6, "μ": 1e6, "m": 1e3}[small[1].lower()] if small else 1e3 if step > 1 else 1
+        time_rate = None if step == 1 and not small else per_second / step  # a step of 1 numbers the samples
+        if uneven:
+            said.append("the times are not evenly spaced (gaps, or rounded): check the sample rate, or give --sample-rate")
+        named = named or [0]
+    if 0 < len(named) < table.shape[1]:
+        table, names = np.delete(table, named, 1), [name for i, name in enumerate(names) if i not in named]
     # 2. The rate: a line that names the sampling rate, else any number of Hz that is no filter's and no heart's.
-    stated = re.search(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast\w*|\bfs)\b[^\d\n]{0,12}(\d[\d.,]*)", header)
-    stated = stated or re.search(r"(?im)^(?!.*(?:filter|pass|mains|notch|heart|puls)).*?(\d[\d.,]*)\s*(?:hz|hertz)\b", header)
-    text_rate = stated and float(stated[1].strip(".,").replace(",", "."))
-    if text_rate and text_rate < 20 and "," in stated[1]:
-        text_rate = float(stated[1].replace(",", ""))  # 1,000 Hz, where 512,0 Hz is German
+    number = r"(\d+(?:[.,]\d+)?)\s*(k?)"
+    stated = re.search(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast(?:rate|freq)\w*|chantillonnage|muestreo|campionamento|\bfs)\b[^\d\n]{0,12}" + number, header)
+    other = r"filt|pass|mains|netz|line|notch|heart|puls|cut|band|bw|response|\d\s*-\s*\d"
+    stated = stated or re.search(rf"(?im)^(?!.*(?:{other})).*?{number}(?:hz|hertz)\b", header)
+    text_rate = stated and float(stated[1].replace(",", ".")) * (1000 if stated[2] else 1)
+    if text_rate and text_rate < 20 and re.search(r"[.,]\d{3}$", stated[1]):
+        text_rate *= 1000  # 1,000 Hz, where 512,0 Hz is German
     rates = {"--sample-rate": sample_rate_hz, "header": text_rate, "time column": time_rate}
     rates = {source: rate for source, rate in rates.items() if rate}
     if not rates:
         raise ValueError(f"{path}: its sample rate is not known; give --sample-rate")
     rate = next(iter(rates.values()))
+    if not 20 <= rate <= 100_000:
+        raise ValueError(f"{path}: {rate:g} Hz by the {next(iter(rates))} is no sample rate of an ECG; give --sample-rate")
     if any(abs(other / rate - 1) > 0.01 for other in rates.values()):
         said.append(f"contradicting sample rates ({', '.join(f'{r:g} Hz by the {source}' for source, r in rates.items())}); {rate:g} Hz is used")
 
@@ -1291,9 +1301,10 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
     if not all(0 <= c < table.shape[1] for c in chosen):
         raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {table.shape[1]} ({', '.join(names) or 'without names'}); give --column NAME or its number")
     # 4. The unit: where a line says so, else of the column, else anywhere in the header.
-    about = "\n".join([names[chosen[0]] if names else "", header])
-    stated = re.search(r"(?i)(?:unit|einheit)\w*\W+([^\s,;]+)", header) or re.search(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z])", about) or re.search(r"(?i)[(\[_](v)[)\]]", about)
-    unit = unit or (stated[1] if stated else "mV")
+    spelled = lambda text: re.sub("(?i)milli ?volts?", "mV", re.sub("(?i)micro ?volts?", "uV", text))
+    unit_in = lambda text: re.search(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z/])|[(\[_](v)(?:olts?)?[)\]]", spelled(text))
+    stated = re.search(r"(?i)(?<![a-z])(?:unit|einheit)\w*\W+([^\s,;]+)", header) or (unit_in(names[chosen[0]]) if names else None) or unit_in(header)
+    unit = unit or (stated[stated.lastindex] if stated else "mV")
     if unit.lower() not in MILLIVOLTS:
         raise ValueError(f"{path}: unit {unit} is not a voltage; give --unit")
     ecg = table[:, chosen].T * MILLIVOLTS[unit.lower()]
@@ -1324,12 +1335,15 @@ def read_array(path: str) -> np.ndarray:
 def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
     """(header lines, names of columns, table (samples, columns)) of a delimited text file; an empty cell is NaN, a time stamp seconds of its day."""
     raw = Path(path).read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):  # "Unicode text" of spreadsheets
+        raw = raw.decode("utf-16", "replace").encode()
     if len(raw) > 2**28 or b"\0" in raw[:4096]:
         raise ValueError(f"{path}: {'larger than 256 MiB' if len(raw) > 2**28 else 'binary'}, so not a recording as text")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
+    text = text.replace("\u2212", "-")  # the minus of some locales
     lines = [(where, line) for where, line in enumerate(text.splitlines(), 1) if line.strip(" \t,;\"'")]
 
     def cells(line: str) -> list[str]:
@@ -1337,9 +1351,12 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
         return [part.strip(" \t\"'") for part in parts]
 
     def number(cell: str) -> float:
-        if ":" in cell:  # the time in a stamp, in seconds
-            return sum(60**k * float(part) for k, part in enumerate(reversed(re.split("[ T]", cell)[-1].rstrip("Z").split(":"))))
-        return float(cell or "nan")
+        stamp = re.fullmatch(r"(?i)(?:.*[t ])?(?:(\d+):)?(\d+):(\d+(?:\.\d*)?) ?([ap]m)?(?:z| ?[+-]\d\d:?\d\d)?", cell)
+        if stamp:
+            hour, minute, second, half = stamp.groups()
+            hour = int(hour or 0) if not half else int(hour or 0) % 12 + 12 * (half.lower() == "pm")
+            return 3600 * hour + 60 * int(minute) + float(second)
+        return float("nan" if cell.lower() in ("", "na", "n/a", "#n/a", "null", "-", "--") else cell)
 
     def numbers(line: str) -> list[float] | None:
         try:
@@ -1354,21 +1371,24 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
     separator = max(counts, key=counts.get)
     start = next((i for i in range(len(lines) - 1) if numbers(lines[i][1]) and numbers(lines[i + 1][1])), len(lines))
     if start == len(lines):
-        raise ValueError(f"{path}: no column of numbers in it")
+        raise ValueError(f"{path}: no column of numbers in it; a line for each sample is expected")
     ahead = [(numbers(line) or [])[:2] for _, line in lines[start : start + 1000]]
     if separator is None and all(len(values) == 1 and line.count(",") == 1 for values, (_, line) in zip(ahead, lines[start:])):
-        whole = np.trunc(np.concatenate(ahead))  # "0,123": two columns, or a decimal comma?
-        if (np.diff(whole) >= 0).all() and whole[-1] > whole[0]:
-            separator = ","  # what stands before the comma is a time; an ECG goes up and down
+        # "0,123": two columns, or a decimal comma?  Whole numbers have no 0 in front; a time grows, while an ECG goes up and down.
+        whole, behind = np.trunc(np.concatenate(ahead)), {line.split(",")[1].strip(" \"'") for _, line in lines[start : start + 1000]}
+        behind = {digits for digits in behind if len(digits) > 1}
+        grows = (np.diff(whole) >= 0).all() and whole[-1] > whole[0]
+        if ":" in lines[start][1] or not any(digits[0] == "0" for digits in behind) and (grows or len(behind) >= 30):
+            separator = ","
 
     rows = []
     for where, line in lines[start:]:
         values = numbers(line)
         if values is None or (rows and len(values) != len(rows[0])):
-            raise ValueError(f"{path}, line {where}: {line.strip()[:40]!r} is not {len(rows[0]) if rows else 1} number(s), as the lines above")
+            raise ValueError(f"{path}, line {where}: {line.strip()[:40]!r} is not {len(rows[0]) if rows else 1} number(s), as the lines above; mend or remove it")
         rows.append(values)
     header = [line for _, line in lines[:start]]
-    titles = [parts for parts in (cells(line.lstrip("# ")) for line in header[-2:]) if len(parts) == len(rows[0])]
+    titles = [parts for parts in (cells(line.lstrip("# ")) for line in header[-2:] if len(line) < 10_000) if len(parts) == len(rows[0])]
     table = np.array(rows)
     if table.shape[1] > 64:
         raise ValueError(f"{path}: {table.shape[1]} columns are no recording")

@@ -83,7 +83,7 @@ def main(config: ProbeConfig) -> dict:
     if config.resume and (out / "results.json").exists():
         results = json.loads((out / "results.json").read_text())
         now = json.loads(json.dumps(dataclasses.asdict(config)))
-        if any(now[name] != results["config"].get(name) for name in now if name not in (*selfmis.FREE_ON_RESUME, "compare")):
+        if any(now[name] != results["config"][name] for name in now if name in results["config"] and name not in (*selfmis.FREE_ON_RESUME, "compare")):
             raise ValueError(f"--resume: {out} holds the results of other settings, see its config.json; give another --out, or --overwrite")
         ranks.print(f"{out}: finished already, see {out / 'results.md'}")
         if ranks.first:
@@ -130,7 +130,8 @@ def main(config: ProbeConfig) -> dict:
         temperature, points = calibrate(fit.validation, records.labels[split["val"]])
         results["reliability"] = reliability(fit.logits, records.labels[test], temperature)
         content |= dict(kind="probe", head=(fit.weight, fit.bias), classes=list(STATEMENTS), temperature=temperature, points=points)
-        content |= dict(positives=torch.from_numpy(records.labels[split["val"]].sum(0, dtype=int)), head_seen=selfmis.data_seen(records[split["train"]], labels=True))
+        labelled = split["train"] if config.finetune else part_of(split["train"], fit.fraction, fit.seed)
+        content |= dict(positives=torch.from_numpy(records.labels[split["val"]].sum(0, dtype=int)), head_seen=selfmis.data_seen(records[labelled], labels=True))
         content |= dict(results={name: selfmis.nan_to_none(results[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"], config=results["config"])
         selfmis.save(out / "probe.pt", content | selfmis.environment())
     stacked = lambda part: {name.replace(", ", "_").replace(" ", "_"): np.stack([getattr(fit, part) for fit in at_full(fits)]).astype(np.float32) for name, fits in heads.items()}
@@ -520,6 +521,9 @@ def any_infarct(logits, y: np.ndarray, folds: np.ndarray, patients: np.ndarray) 
     """AUC of the probability that there is any of the nine, 1 - prod(1 - p): against all other records, and against the normal ones."""
     infarct, found = y[:, columns("nine")].any(1), {}
     for other, rows in (("others", infarct | True), ("NORM", infarct | (y[:, STATEMENTS.index("NORM")] > 0))):
+        if not infarct.any():
+            found[other] = dict(auc=math.nan, low=math.nan, high=math.nan, positives=0, negatives=int(rows.sum()))
+            continue
         scores = [np.logaddexp(0, one[rows][:, columns("nine")]).sum(1, keepdims=True) for one in logits]  # -log(1 - p), summed
         auc, draws = mean_auc(scores, infarct[rows, None], folds[rows], patients[rows])
         low, high = selfmis.interval(draws[:, 0])

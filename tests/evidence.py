@@ -126,13 +126,15 @@ def choice(out: Path) -> None:
         path = out / f"{name}-probe" / "predictions.npz"
         if path.exists():
             with np.load(path) as saved:
+                if "validation_labels" not in saved:  # of an older version
+                    continue
                 y, patient = saved["validation_labels"], saved["validation_patient"]
                 of[name] = {head: train_probe.mean_auc(saved[f"validation_logits_{head}"], y, np.zeros(len(y)), patient) for head in ("adam", "logistic")}
     print("\n| on the validation fold | head | six | 44 | six minus softmax-0 | 44 minus softmax-0 |\n|---|---|--:|--:|---|---|")
     for name, heads in of.items():
         for head, (auc, draws) in heads.items():
             means = [f"{c:.3f}" for group, c in train_probe.group_means(auc).items() if group != "nine"]
-            if name != "softmax-0":
+            if name != "softmax-0" and "softmax-0" in of:
                 base = of["softmax-0"][head]
                 difference = train_probe.summarize(auc - base[0], draws - base[1], y)
                 means += ["{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference[group]) for group in ("six", "diagnostic")]

@@ -282,6 +282,79 @@ def test_time_stamps_and_a_second_time(tmp_path, source, stamp):
     np.testing.assert_allclose(ecg[0], uv / 1e3, atol=1e-9)
 
 
+@pytest.mark.parametrize("header, rate", [
+    ("Sample rate: 1 kHz", 1000), ("Sampling frequency 0.5 kHz", 500), ("Abtastrate: 1.000 Hz", 1000), ("Bandwidth: 0.05-150 Hz\nFrequency: 500 Hz", 500),
+    ("Low cut: 0.5 Hz\nFréquence d'échantillonnage;500 Hz", 500), ("Bandwidth: 0.05-150 Hz", None), ("Filtre: 50 Hz", None), ("Netzfrequenz 50 Hz", None), ("fs=1.2.3", None), ("Abtastintervall: 2 ms", None),
+])  # fmt: skip
+def test_a_rate_that_a_header_does_not_state_is_asked_for(tmp_path, source, header, rate):
+    path = write_text(tmp_path / "x.csv", header.splitlines(), source[0, :1, :3000])
+    if rate:
+        assert read_recording(path, ("I",))[1] == rate
+    else:
+        with pytest.raises(ValueError, match="x.csv: .*give --sample-rate"):
+            read_recording(path, ("I",))
+
+
+@pytest.mark.parametrize("header, unit", [
+    ("ECG (microvolts)", "uV"), ("ECG (Volts)", "V"), ("resolution 5 uV/LSB\nECG", "mV"), ("Time,I (V),Marker (mV)", "V"), ("Community Hospital\nI", "mV"),
+])  # fmt: skip
+def test_the_unit_is_that_of_the_lead(tmp_path, source, header, unit):
+    several = header.startswith("Time")
+    mv = source[0, 0, :3000]
+    raw = mv / {"uV": 1e-3, "mV": 1, "V": 1e3}[unit]
+    columns = [np.arange(3000) / 500, raw, np.full(3000, 7)] if several else [raw]
+    path = write_text(tmp_path / "x.csv", ["500 Hz", *header.splitlines()], columns, form="{:.8f}")
+    np.testing.assert_allclose(read_recording(path, ("I",))[0][0], mv, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, warns", [("zone", 0), ("midnight", 0), ("whole seconds", 1), ("gap", 1), ("two times", 0)])
+def test_times_as_devices_write_them(tmp_path, source, name, warns):
+    x = np.round(selfmis.resample(source[0, :1], 500, 130)[0], 4)
+    start = datetime.datetime(2026, 3, 1, 23, 59, 55)
+    at = [start + datetime.timedelta(seconds=i / 130 + (5 if name == "gap" and i > 1000 else 0)) for i in range(len(x))]
+    form = {"zone": "%Y-%m-%dT%H:%M:%S.%f+02:00", "whole seconds": "%H:%M:%S"}.get(name, "%H:%M:%S.%f")
+    before = [f"{at[i - i % 73].strftime(form)},{1000 * i / 130:.2f}" if name == "two times" else at[i].strftime(form) for i in range(len(x))]
+    path = tmp_path / "x.csv"
+    path.write_text("\n".join(["stamp,time (ms),ecg" if name == "two times" else "time,ecg", *(f"{b},{v}" for b, v in zip(before, x))]))
+    ecg, rate, said = read_recording(path, ("I",))
+    assert len(said) == warns and (rate == pytest.approx(130, rel=1e-3) or name == "whole seconds")
+    np.testing.assert_allclose(ecg[0], x, atol=1e-9)
+
+
+def test_what_spreadsheets_and_locales_do_to_numbers(tmp_path, source):
+    x = np.round(source[0, 0, :3000], 4)
+    text = "500 Hz\nI (mV)\n" + "\n".join(map(str, x)) + "\n"
+    (tmp_path / "wide.txt").write_bytes(text.encode("utf-16"))
+    (tmp_path / "minus.txt").write_text(text.replace("-", "\u2212"), encoding="utf-8")
+    lines = text.splitlines()
+    for i, empty in enumerate(("NA", "#N/A", "null", "--")):
+        lines[100 + 2 * i] = empty
+    (tmp_path / "empty.txt").write_text("\n".join(lines))
+    for name in ("wide", "minus", "empty"):
+        np.testing.assert_allclose(read_recording(tmp_path / f"{name}.txt", ("I",))[0][0], x, atol=1e-9 if name != "empty" else 0.2)
+
+
+def test_counters_and_converter_steps_are_columns(tmp_path, source):
+    """Two whole numbers in a line, the first going up and down."""
+    steps = np.rint(200 * source[0, 0, :3000]).astype(int) + 512
+    for name, first in (("I", steps), ("n", np.arange(3000) % 16)):
+        path = write_text(tmp_path / "x.csv", ["500 Hz", f"{name},II"], [first, steps + 3], form="{}")
+        assert np.array_equal(read_recording(path, ("II",))[0][0], steps + 3)
+
+
+def test_odd_bytes_give_an_answer_or_one_sentence(tmp_path):
+    rng = np.random.default_rng(0)
+    pieces = [*"0123456789", *"0123456789", ".", ",", ";", "\t", " ", "-", ":", "\n", "\n", "e", "T", '"', "'", "nan", "Hz", "I", "mV", "#", "12:00:00", "fs=500\n"]
+    for i in range(150):
+        path = tmp_path / f"{i}.csv"
+        path.write_text("500 Hz\n" * int(rng.integers(2)) + "".join(rng.choice(pieces, 400)))
+        try:
+            ecg, rate, _ = read_recording(path, ("I",))
+            assert np.isfinite(ecg).all() and rate > 0
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
 # --- from a signal to probabilities ---
 
 
@@ -555,7 +628,7 @@ def bad_files(x):
         "nan.csv": ("I\n" + "nan\n" * 5000, "number"), "infinite.csv": ("inf\n-inf\n" * 2500, "number"), "one_sample.csv": ("I\n0.1\n", "number"), "short.csv": (column[:7000], "too short"),
         "flat.csv": ("0.5\n" * 5000, "flat"), "huge.csv": (column + "1e300\n-1e300\n", ""), "large.csv": (column + "1e40\n", ""), "ragged.csv": ("0.1,0.2\n0.3\n" * 2500, "line 2"), "gap.csv": (column + "electrode off\n" + column, "line 5001"),
         "wide.csv": (",".join("0" * 100).join(["", "\n"]) * 5000, "100"), "lead_two.csv": ("II\n" + column, "lead I"), "two_columns.csv": ("a,b\n" + "0.1,0.5\n-0.3,0.2\n" * 2500, "lead I"), "pressure.csv": ("Unit,mmHg\n" + column, "mmHg"),
-        "bytes.csv": (bytes(range(256)) * 40, "binary"), "zeros.txt": (bytes(5000), "binary"), "wide_characters.csv": (("I\n" + column).encode("utf-16"), ""), "zipped.csv": (gzip.compress(column.encode()), ""), "picture.csv": (b"\x89PNG\r\n\x1a\n" + bytes(500), ""),
+        "bytes.csv": (bytes(range(256)) * 40, "binary"), "zeros.txt": (bytes(5000), "binary"), "zipped.csv": (gzip.compress(column.encode()), ""), "picture.csv": (b"\x89PNG\r\n\x1a\n" + bytes(500), ""),
         "paper.csv": (b"%PDF-1.4\n%\xe2\xe3\n1 0 obj\n<<>>\n", "number"), "hex.csv": ("0x1f\n0x2f\n" * 2500, "number"), "minus.csv": ("-\n" * 5000, "number"),
         "empty.npy": (b"", ""), "words.npy": (b"hello", ""), "pickled.npy": (pickle.dumps([0.1] * 5000), ""), "objects.npy": (npy(np.array([{}, None], dtype=object)), ""), "strings.npy": (npy(np.array(["a", "b"])), ""),
         "fields.npy": (npy(np.zeros(5000, [("a", float), ("b", float)])), ""), "complex.npy": (npy(x + 1j), ""), "cube.npy": (npy(np.zeros((2, 12, 5000))), "(2, 12, 5000)"), "scalar.npy": (npy(np.float64(1)), ""), "none.npy": (npy(np.zeros((12, 0))), ""),

@@ -242,6 +242,8 @@ def test_any_infarct_is_one_minus_the_product():
     for other, n in (("others", 30), ("NORM", 20)):
         c = found[other]
         assert c["auc"] == pytest.approx(np.mean(expected[other])) and c["low"] < c["auc"] < c["high"] and (c["positives"], c["negatives"]) == (30, n)
+    none = train_probe.any_infarct(list(logits), y * (y[:, nine].sum(1, keepdims=True) == 0), one, np.arange(60))
+    assert all(np.isnan(c["auc"]) and c["positives"] == 0 for c in none.values())
 
 
 def test_synthetic_records_alone_train(tmp_path, ptbxl, tiny, capsys):
