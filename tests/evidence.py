@@ -24,12 +24,10 @@ ALIGN = [*SMALL, "--lr", 1e-3, "--warmup", 50, "--epochs", 8]
 
 # Ideas on top of softmax-0, one at a time, judged on the validation fold: further flags of the alignment ("SCRATCH" is a run), and of the probe.
 IDEAS = {
-    "epochs20": (["--epochs", 20], []),
-    "lr3e-3": (["--lr", 3e-3], []),
     "synth8": (["--data", "synthetic:8000"], []),
     "sinit": (["--single", "SCRATCH"], []),
-    "adam100": ([], ["--epochs", 100]),
-    "epochs20-adam100": (["--epochs", 20], ["--epochs", 100]),
+    "adam100": ([], ["--epochs", 100, "--patience", 100]),
+    "epochs20": (["--epochs", 20], ["--epochs", 100, "--patience", 100]),
 }
 
 
@@ -72,7 +70,7 @@ ROWS = {  # of the table: the runs whose mean it is
     "aligned, `--loss softmax`": ["softmax-0-probe", "softmax-1-probe", "softmax-2-probe"],
     "12-lead teacher given lead I and zeros": ["teacher-0-zeros"],
     "12-lead teacher, all leads": ["teacher-0-frozen"],
-    "aligned, `--loss softmax`, 20 epochs, 100 of the Adam head": ["epochs20-adam100-probe"],
+    "aligned, `--loss softmax`, 100 epochs of the Adam head": ["adam100-probe"],
     "*not frozen:* lead I from scratch": ["scratch-0", "scratch-1", "scratch-2"],
     "*not frozen:* aligned by softmax, then fine-tuned": ["softmax-0-finetuned"],
     "*not frozen:* 12-lead teacher": ["teacher-0", "teacher-1", "teacher-2"],
@@ -115,7 +113,7 @@ def table(out: Path) -> None:
                 auc, drawn = reference[own]
                 cells.append(show(train_probe.summarize(aucs.mean(0) - auc, draws - drawn, labels)["six"], "{:+.3f}"))
         logs = [out / run.removesuffix("-probe") / "log.jsonl" for run in runs if run.endswith("-probe") and (out / run / "results.json").exists()]
-        r1 = [json.loads(log.read_text().splitlines()[-1])["r1"] for log in logs]
+        r1 = [json.loads(log.read_text().splitlines()[-1])["r1"] for log in logs if log.exists()]
         print(f"| {row} | {head} | {len(aucs)} | {' | '.join(cells)} | {f'{np.mean(r1):.1f} %' if r1 else ''} |")
 
 
@@ -134,7 +132,9 @@ def choice(out: Path) -> None:
     for name, heads in of.items():
         for head, (auc, draws) in heads.items():
             means = [f"{c:.3f}" for group, c in train_probe.group_means(auc).items() if group != "nine"]
-            if name != "softmax-0" and "softmax-0" in of:
+            if name == "softmax-0" or "softmax-0" not in of:
+                means += ["", ""]
+            else:
                 base = of["softmax-0"][head]
                 difference = train_probe.summarize(auc - base[0], draws - base[1], y)
                 means += ["{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference[group]) for group in ("six", "diagnostic")]
