@@ -1233,6 +1233,18 @@ def load_detector(path: str | os.PathLike) -> Detector:
     return Detector(path)
 
 
+# What the lines above the numbers of a text file are searched for: the sampling rate by its name, else a number of Hz that
+# is no filter's and no heart's; the unit by its name, else a voltage in the name of the column, else one anywhere.
+HERTZ = r"(\d+(?:[.,]\d+)?)\s*(k?)"
+RATE = re.compile(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast(?:rate|freq)\w*|chantillonnage|muestreo|campionamento|\bfs)\b[^\d\n]{0,12}" + HERTZ)
+OTHER_RATE = re.compile(rf"(?im)^(?!.*(?:filt|pass|mains|netz|line|notch|heart|puls|cut|band|bw|response|\d\s*-\s*\d)).*?{HERTZ}(?:hz|hertz)\b")
+UNIT = re.compile(r"(?i)(?<![a-z])(?:unit|einheit)\w*\W+([^\s,;]+)")
+OTHER_UNIT = re.compile(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z/])|[(\[_](v)(?:olts?)?[)\]]")
+CLOCK = re.compile(r"(?i)time|zeit|elapsed|stamp")
+CLOCK_UNIT = re.compile(r"(?i)(?<![a-z])(min|[nuµμm]s)(?:ec\w*|utes?)?(?![a-z])")
+STAMP = re.compile(r"(?i)(?:.*[t ])?(?:(\d+):)?(\d+):(\d+(?:\.\d*)?) ?([ap]m)?(?:z| ?[+-]\d\d:?\d\d)?")
+
+
 def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate_hz: float | None = None, unit: str | None = None, column: str | None = None):
     """((L, T) float64 in mV, sample rate in Hz, warnings) of a WFDB record, a .npy array or a table in text.
 
@@ -1241,46 +1253,36 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
     for; a column of time gives the rate too.  The arguments go before what the file says; unit defaults to mV.
     Raises ValueError naming the file: unreadable, no such lead, rate unknown, no finite sample.
     """
-    path, kind, said = str(path), os.path.splitext(path)[1].lower(), []
-    if kind == ".npy":
-        header, names, table = "", [], read_array(path)
-    elif kind in (".csv", ".tsv", ".txt"):
-        header, names, table = read_text(path)
+    path, kind, said, rates = str(path), os.path.splitext(path)[1].lower(), [], {"--sample-rate": sample_rate_hz}
+    if kind not in (".npy", ".csv", ".tsv", ".txt"):
+        ecg, rates["header"] = read_wfdb(path, leads)
     else:
-        ecg, rate = read_wfdb(path, leads)
-        if sample_rate_hz and sample_rate_hz != rate:
-            said.append(f"--sample-rate {sample_rate_hz:g} contradicts the header's {rate:g} Hz; {sample_rate_hz:g} is used")
-        return ecg, sample_rate_hz or rate, said
-
-    # 1. Columns of time: those whose name says so, else the first if it grows evenly.
-    clock, time_rate, found = re.compile(r"(?i)time|zeit|elapsed|stamp"), None, []
-    named = [i for i, name in enumerate(names) if clock.search(name)]
-    for i in (named or [0]) if table.shape[1] > 1 else ():
-        t = table[:, i] + 86400 * np.cumsum(np.diff(table[:, i], prepend=table[0, i]) < -43200)  # past midnight
-        step = (t[-1] - t[0]) / (len(t) - 1)
-        even = np.abs(t - np.linspace(t[0], t[-1], len(t))).max() <= step  # rounded times are
-        if (np.diff(t) >= 0).all() and step > 0 and (even or named):
-            found.append((not even, i, step if even else np.median(np.diff(t)) or step))
-    if found:
-        uneven, i, step = min(found)
-        small = re.search(r"(?i)(?<![a-z])([nuµμm])s(?:ec\w*)?(?![a-z])", names[i] if names else "")
-        per_second = {"n": 1e9, "u": 1e6, "µ": 1e6, "μ": 1e6, "m": 1e3}[small[1].lower()] if small else 1e3 if step > 1 else 1
-        time_rate = None if step == 1 and not small else per_second / step  # a step of 1 numbers the samples
-        if uneven:
+        header, names, table = ("", [], read_array(path)) if kind == ".npy" else read_text(path)
+        times, rates["time column"], even = find_times(names, table)
+        if not even:
             said.append("the times are not evenly spaced (gaps, or rounded): check the sample rate, or give --sample-rate")
-        named = named or [0]
-    if 0 < len(named) < table.shape[1]:
-        table, names = np.delete(table, named, 1), [name for i, name in enumerate(names) if i not in named]
-    # 2. The rate: a line that names the sampling rate, else any number of Hz that is no filter's and no heart's.
-    number = r"(\d+(?:[.,]\d+)?)\s*(k?)"
-    stated = re.search(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast(?:rate|freq)\w*|chantillonnage|muestreo|campionamento|\bfs)\b[^\d\n]{0,12}" + number, header)
-    other = r"filt|pass|mains|netz|line|notch|heart|puls|cut|band|bw|response|\d\s*-\s*\d"
-    stated = stated or re.search(rf"(?im)^(?!.*(?:{other})).*?{number}(?:hz|hertz)\b", header)
-    text_rate = stated and float(stated[1].replace(",", ".")) * (1000 if stated[2] else 1)
-    if text_rate and text_rate < 20 and re.search(r"[.,]\d{3}$", stated[1]):
-        text_rate *= 1000  # 1,000 Hz, where 512,0 Hz is German
-    rates = {"--sample-rate": sample_rate_hz, "header": text_rate, "time column": time_rate}
-    rates = {source: rate for source, rate in rates.items() if rate}
+        if stated := RATE.search(header) or OTHER_RATE.search(header):
+            rates["header"] = float(stated[1].replace(",", ".")) * (1000 if stated[2] else 1)
+        table, names = np.delete(table, times, 1), [name for i, name in enumerate(names) if i not in times]
+        words = [re.split(r"[^A-Z0-9]+", name.upper()) for name in names]
+        place = {lead: next((i for i, w in enumerate(words) if lead.upper() in w), -1) for lead in LEADS}
+        if column is not None and len(leads) == 1:
+            chosen = [next((i for i, name in enumerate(names) if name == column or name.endswith(" " + column)), int(column) - 1 if column.isdigit() else -1)]
+        elif max(place.values()) < 0 and table.shape[1] in (len(leads), 12):  # no lead is named: one column, or twelve in the usual order
+            chosen = [0] if table.shape[1] == 1 else [LEADS.index(lead) for lead in leads]
+        else:
+            chosen = [place[lead] for lead in leads]
+        if not all(0 <= c < table.shape[1] for c in chosen):
+            raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {table.shape[1]} ({', '.join(names) or 'without names'}); give --column NAME or its number")
+        spelled = lambda text: re.sub("(?i)milli ?volts?", "mV", re.sub("(?i)micro ?volts?", "uV", text))
+        stated = UNIT.search(header) or (OTHER_UNIT.search(spelled(names[chosen[0]])) if names else None) or OTHER_UNIT.search(spelled(header))
+        unit = unit or (stated[stated.lastindex] if stated else "mV")
+        if unit.lower() not in MILLIVOLTS:
+            raise ValueError(f"{path}: unit {unit} is not a voltage; give --unit")
+        ecg = table[:, chosen].T * MILLIVOLTS[unit.lower()]
+        if not np.abs(ecg[np.isfinite(ecg)]).max(initial=-1) <= 1e9 or not np.isfinite(ecg).any():
+            raise ValueError(f"{path}: no sample of lead {', '.join(leads)} is a number, or one is too large for an ECG")
+    rates = {source: rates[source] for source in ("--sample-rate", "header", "time column") if rates.get(source)}
     if not rates:
         raise ValueError(f"{path}: its sample rate is not known; give --sample-rate")
     rate = next(iter(rates.values()))
@@ -1288,31 +1290,29 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
         raise ValueError(f"{path}: {rate:g} Hz by the {next(iter(rates))} is no sample rate of an ECG; give --sample-rate")
     if any(abs(other / rate - 1) > 0.01 for other in rates.values()):
         said.append(f"contradicting sample rates ({', '.join(f'{r:g} Hz by the {source}' for source, r in rates.items())}); {rate:g} Hz is used")
-
-    # 3. The columns of the leads.
-    words = [re.split(r"[^A-Z0-9]+", name.upper()) for name in names]
-    find = lambda lead: next((i for i, w in enumerate(words) if lead.upper() in w), -1)
-    if column is not None and len(leads) == 1:
-        chosen = [next((i for i, name in enumerate(names) if name == column or name.endswith(" " + column)), int(column) - 1 if column.isdigit() else -1)]
-    elif any(find(lead) >= 0 for lead in LEADS):
-        chosen = [find(lead) for lead in leads]
-    else:  # names that say no lead: one column, or twelve in the usual order
-        chosen = [0] if table.shape[1] == len(leads) == 1 else [LEADS.index(lead) if table.shape[1] == 12 else -1 for lead in leads]
-    if not all(0 <= c < table.shape[1] for c in chosen):
-        raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {table.shape[1]} ({', '.join(names) or 'without names'}); give --column NAME or its number")
-    # 4. The unit: where a line says so, else of the column, else anywhere in the header.
-    spelled = lambda text: re.sub("(?i)milli ?volts?", "mV", re.sub("(?i)micro ?volts?", "uV", text))
-    unit_in = lambda text: re.search(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z/])|[(\[_](v)(?:olts?)?[)\]]", spelled(text))
-    stated = re.search(r"(?i)(?<![a-z])(?:unit|einheit)\w*\W+([^\s,;]+)", header) or (unit_in(names[chosen[0]]) if names else None) or unit_in(header)
-    unit = unit or (stated[stated.lastindex] if stated else "mV")
-    if unit.lower() not in MILLIVOLTS:
-        raise ValueError(f"{path}: unit {unit} is not a voltage; give --unit")
-    ecg = table[:, chosen].T * MILLIVOLTS[unit.lower()]
-    if not np.isfinite(ecg).any():
-        raise ValueError(f"{path}: no sample of lead {', '.join(leads)} is a number")
-    if np.abs(fill(ecg)).max() > 1e9:
-        raise ValueError(f"{path}: a sample of {np.abs(fill(ecg)).max():.3g} mV is no ECG")
     return fill(ecg), rate, said
+
+
+def find_times(names: list[str], table: np.ndarray) -> tuple[list[int], float | None, bool]:
+    """Columns of time in a table (samples, columns), the rate in Hz of the most even one, and whether it is even.
+
+    By name, several at times (of a phone and of its sensor); without such names the first, if it grows evenly.
+    """
+    named, found = [i for i, name in enumerate(names) if CLOCK.search(name)], []
+    if len(named) == table.shape[1]:
+        named = []
+    for i in (named or [0]) if table.shape[1] > 1 else ():
+        t = table[:, i] + 86400 * np.cumsum(np.diff(table[:, i], prepend=table[0, i]) < -43200)  # past midnight
+        step = (t[-1] - t[0]) / (len(t) - 1)
+        even = np.abs(t - np.linspace(t[0], t[-1], len(t))).max() <= step  # rounded times are
+        if (np.diff(t) >= 0).all() and step > 0 and (even or named):
+            found.append((not even, i, step if even else np.median(np.diff(t)) or step))
+    if not found:
+        return named, None, True
+    uneven, i, step = min(found)
+    unit = CLOCK_UNIT.search(names[i]) if names else None
+    per_second = {"min": 1 / 60, "ms": 1e3, "ns": 1e9}.get(unit[1].lower(), 1e6) if unit else 1e3 if step > 1 else 1
+    return named or [i], None if step == 1 and not unit else per_second / step, not uneven  # a step of 1 numbers the samples
 
 
 def read_array(path: str) -> np.ndarray:
@@ -1335,24 +1335,22 @@ def read_array(path: str) -> np.ndarray:
 def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
     """(header lines, names of columns, table (samples, columns)) of a delimited text file; an empty cell is NaN, a time stamp seconds of its day."""
     raw = Path(path).read_bytes()
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):  # "Unicode text" of spreadsheets
-        raw = raw.decode("utf-16", "replace").encode()
-    if len(raw) > 2**28 or b"\0" in raw[:4096]:
+    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of spreadsheets
+    if len(raw) > 2**28 or b"\0" in raw[:4096] and not wide:
         raise ValueError(f"{path}: {'larger than 256 MiB' if len(raw) > 2**28 else 'binary'}, so not a recording as text")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("latin-1")
-    text = text.replace("\u2212", "-")  # the minus of some locales
-    lines = [(where, line) for where, line in enumerate(text.splitlines(), 1) if line.strip(" \t,;\"'")]
+        text = raw.decode("utf-16" if wide else "latin-1", "replace")
+    text = re.sub(r'"([+-]?\d+),(\d+)"', r"\1.\2", text.replace("\u2212", "-"))  # the minus of some locales; quoted decimal commas
+    text = text.replace('"', "").replace("'", "")
+    lines = [(where, line) for where, line in enumerate(text.splitlines(), 1) if line.strip(" \t,;")]
 
     def cells(line: str) -> list[str]:
-        parts = next(csv.reader([line], delimiter=separator, skipinitialspace=True)) if separator else line.split()
-        return [part.strip(" \t\"'") for part in parts]
+        return [cell.strip() for cell in line.split(separator)]
 
     def number(cell: str) -> float:
-        stamp = re.fullmatch(r"(?i)(?:.*[t ])?(?:(\d+):)?(\d+):(\d+(?:\.\d*)?) ?([ap]m)?(?:z| ?[+-]\d\d:?\d\d)?", cell)
-        if stamp:
+        if stamp := ":" in cell and STAMP.fullmatch(cell):
             hour, minute, second, half = stamp.groups()
             hour = int(hour or 0) if not half else int(hour or 0) % 12 + 12 * (half.lower() == "pm")
             return 3600 * hour + 60 * int(minute) + float(second)
@@ -1361,37 +1359,38 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
     def numbers(line: str) -> list[float] | None:
         try:
             return [number(cell.replace(",", ".")) for cell in cells(line)]
-        except (ValueError, csv.Error):
+        except ValueError:
             return None
 
-    tail = [line for _, line in lines[-100:]]
-    counts = {}
+    tail, counts = [line for _, line in lines[-100:]], {}
     for separator in [c for c in ";\t" if all(c in line for line in tail)][:1] or (None, ","):
         counts[separator] = sum(numbers(line) is not None for line in tail)
     separator = max(counts, key=counts.get)
     start = next((i for i in range(len(lines) - 1) if numbers(lines[i][1]) and numbers(lines[i + 1][1])), len(lines))
     if start == len(lines):
         raise ValueError(f"{path}: no column of numbers in it; a line for each sample is expected")
-    ahead = [(numbers(line) or [])[:2] for _, line in lines[start : start + 1000]]
-    if separator is None and all(len(values) == 1 and line.count(",") == 1 for values, (_, line) in zip(ahead, lines[start:])):
+    header, lines = [line for _, line in lines[:start]], lines[start:]
+    ahead = [(numbers(line) or [])[:2] for _, line in lines[:1000]]
+    if separator is None and all(len(values) == 1 and line.count(",") == 1 for values, (_, line) in zip(ahead, lines)):
         # "0,123": two columns, or a decimal comma?  Whole numbers have no 0 in front; a time grows, while an ECG goes up and down.
-        whole, behind = np.trunc(np.concatenate(ahead)), {line.split(",")[1].strip(" \"'") for _, line in lines[start : start + 1000]}
+        whole, behind = np.trunc(np.concatenate(ahead)), {line.split(",")[1].strip() for _, line in lines[:1000]}
         behind = {digits for digits in behind if len(digits) > 1}
         grows = (np.diff(whole) >= 0).all() and whole[-1] > whole[0]
-        if ":" in lines[start][1] or not any(digits[0] == "0" for digits in behind) and (grows or len(behind) >= 30):
+        if ":" in lines[0][1] or not any(digits[0] == "0" for digits in behind) and (grows or len(behind) >= 30):
             separator = ","
 
-    rows = []
-    for where, line in lines[start:]:
-        values = numbers(line)
-        if values is None or (rows and len(values) != len(rows[0])):
-            raise ValueError(f"{path}, line {where}: {line.strip()[:40]!r} is not {len(rows[0]) if rows else 1} number(s), as the lines above; mend or remove it")
-        rows.append(values)
-    header = [line for _, line in lines[:start]]
-    titles = [parts for parts in (cells(line.lstrip("# ")) for line in header[-2:] if len(line) < 10_000) if len(parts) == len(rows[0])]
-    table = np.array(rows)
+    try:  # plain numbers, a hundred times faster than one by one
+        table = np.loadtxt((line if separator == "," else line.replace(",", ".") for _, line in lines), delimiter=separator, comments=None, ndmin=2)
+    except ValueError:
+        rows = []
+        for where, line in lines:
+            rows.append(numbers(line))
+            if rows[-1] is None or len(rows[-1]) != len(rows[0]):
+                raise ValueError(f"{path}, line {where}: {line.strip()[:40]!r} is not {len(rows[0])} number(s), as the lines above; mend or remove it") from None
+        table = np.array(rows)
     if table.shape[1] > 64:
         raise ValueError(f"{path}: {table.shape[1]} columns are no recording")
+    titles = [parts for parts in (cells(line.lstrip("# ")) for line in header[-2:]) if len(parts) == table.shape[1]]
     return "\n".join(header), [" ".join(column) for column in zip(*titles)], table
 
 

@@ -28,6 +28,9 @@ IDEAS = {
     "sinit": (["--single", "SCRATCH"], []),
     "adam100": ([], ["--epochs", 100, "--patience", 100]),
     "epochs20": (["--epochs", 20], ["--epochs", 100, "--patience", 100]),
+    "lr3e-3": (["--lr", 3e-3], []),
+    "batch512": (["--batch-size", 512], []),
+    "wd0": (["--weight-decay", 0], []),
 }
 
 
@@ -56,7 +59,9 @@ def commands(out: Path) -> dict[str, list]:
         found[f"{name}-probe"] = ["train_probe.py", "--encoder", out / encoder_of[tuple(align)] / "best.pt", "--lead", "I", *probe]
     for lead in ("I", "all"):  # synthetic records train, real ones choose and test
         found[f"zeroshot-{lead}"] = ["train_probe.py", "--data", "synthetic:15000", "--synthetic-only", "--finetune", "--lead", lead, *SMALL, "--epochs", 5]
-    found["softmax-0-finetuned"] = [*finetune, "--encoder", out / "softmax-0/best.pt"]
+    for seed in (0, 1, 2):
+        found[f"softmax-{seed}-finetuned"] = [*finetune, "--encoder", out / f"softmax-{seed}/best.pt", "--seed", seed]
+    found["scratch-0-longer"] = [*finetune, "--lead", "I", *SMALL, "--epochs", 16]  # as many steps as alignment and fine-tuning together
     return found
 
 
@@ -72,7 +77,8 @@ ROWS = {  # of the table: the runs whose mean it is
     "12-lead teacher, all leads": ["teacher-0-frozen"],
     "aligned, `--loss softmax`, 100 epochs of the Adam head": ["adam100-probe"],
     "*not frozen:* lead I from scratch": ["scratch-0", "scratch-1", "scratch-2"],
-    "*not frozen:* aligned by softmax, then fine-tuned": ["softmax-0-finetuned"],
+    "*not frozen:* lead I from scratch, 16 epochs": ["scratch-0-longer"],
+    "*not frozen:* aligned by softmax, then fine-tuned": ["softmax-0-finetuned", "softmax-1-finetuned", "softmax-2-finetuned"],
     "*not frozen:* 12-lead teacher": ["teacher-0", "teacher-1", "teacher-2"],
 }
 
