@@ -62,12 +62,16 @@ def commands(out: Path) -> dict[str, list]:
     for seed in (0, 1, 2):
         found[f"softmax-{seed}-finetuned"] = [*finetune, "--encoder", out / f"softmax-{seed}/best.pt", "--seed", seed]
     found["scratch-0-longer"] = [*finetune, "--lead", "I", *SMALL, "--epochs", 16]  # as many steps as alignment and fine-tuning together
+    found["scratch-0-longer-frozen"] = ["train_probe.py", "--encoder", out / "scratch-0-longer/best.pt"]
+    for name, start in (("scratch-0-tenth", ["--lead", "I", *SMALL]), ("softmax-0-tenth", ["--encoder", out / "softmax-0/best.pt"])):
+        found[name] = [*finetune, *start, "--fractions", 0.1, "--epochs", 24]
     return found
 
 
 ROWS = {  # of the table: the runs whose mean it is
     "random encoder": ["random-0", "random-1", "random-2"],
     "supervised on lead I from scratch": ["scratch-0-frozen", "scratch-1-frozen", "scratch-2-frozen"],
+    "supervised on lead I from scratch, 16 epochs": ["scratch-0-longer-frozen"],
     "aligned to a random teacher, Eq. (3)": ["randomteacher-0-probe"],
     "aligned, Eq. (3)": ["paper-0-probe", "paper-1-probe", "paper-2-probe"],
     "aligned, `--loss learnable`": ["learnable-0-probe"],
@@ -79,6 +83,8 @@ ROWS = {  # of the table: the runs whose mean it is
     "*not frozen:* lead I from scratch": ["scratch-0", "scratch-1", "scratch-2"],
     "*not frozen:* lead I from scratch, 16 epochs": ["scratch-0-longer"],
     "*not frozen:* aligned by softmax, then fine-tuned": ["softmax-0-finetuned", "softmax-1-finetuned", "softmax-2-finetuned"],
+    "*not frozen:* lead I from scratch, a tenth of the labels": ["scratch-0-tenth"],
+    "*not frozen:* aligned by softmax, then a tenth of the labels": ["softmax-0-tenth"],
     "*not frozen:* 12-lead teacher": ["teacher-0", "teacher-1", "teacher-2"],
 }
 
