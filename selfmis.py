@@ -1362,7 +1362,7 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
         except ValueError:
             return None
 
-    tail, counts = [line for _, line in lines[-100:]], {}
+    tail, counts = [line for _, line in lines[-1000:]], {}
     for separator in [c for c in ";\t" if all(c in line for line in tail)][:1] or (None, ","):
         counts[separator] = sum(numbers(line) is not None for line in tail)
     separator = max(counts, key=counts.get)

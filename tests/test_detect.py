@@ -342,6 +342,14 @@ def test_counters_and_converter_steps_are_columns(tmp_path, source):
         assert np.array_equal(read_recording(path, ("II",))[0][0], steps + 3)
 
 
+def test_a_quiet_end_of_two_signed_columns(tmp_path, source):
+    """Whose last lines alone could be decimal commas."""
+    uv = np.rint(1e3 * source[0, :2, :3000]).astype(int)
+    uv[:, -200:] = np.abs(uv[:, -200:])
+    path = write_text(tmp_path / "x.csv", ["500 Hz", "Unit: uV", "I,II"], uv, form="{}")
+    np.testing.assert_allclose(read_recording(path, ("II",))[0][0], uv[1] / 1e3)
+
+
 def test_odd_bytes_give_an_answer_or_one_sentence(tmp_path):
     rng = np.random.default_rng(0)
     pieces = [*"0123456789", *"0123456789", ".", ",", ";", "\t", " ", "-", ":", "\n", "\n", "e", "T", '"', "'", "nan", "Hz", "I", "mV", "#", "12:00:00", "fs=500\n"]
