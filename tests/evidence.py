@@ -1,6 +1,6 @@
 """The tables of the README, from real records:  python tests/evidence.py ptb-xl [--out runs/evidence] [--test-fold 10 --val-fold 9]
 
-Runs every command that is not finished yet (some 70 of them, eight to fourteen hours on two cores), each as a user would type it, then
+Runs every command that is not finished yet (54 of them, eight to twelve hours on two cores), each as a user would type it, then
 prints the table, and below it what further ideas do to the validation fold.  A run that was cut off is started again; one that is there is not touched.
 """
 
