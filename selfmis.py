@@ -1243,6 +1243,7 @@ OTHER_UNIT = re.compile(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z/])|[(\[_](v)(?:
 CLOCK = re.compile(r"(?i)time|zeit|elapsed|stamp")
 CLOCK_UNIT = re.compile(r"(?i)(?<![a-z])(min|[nuµμm]s)(?:ec\w*|utes?)?(?![a-z])")
 STAMP = re.compile(r"(?i)(?:.*[t ])?(?:(\d+):)?(\d+):(\d+(?:\.\d*)?) ?([ap]m)?(?:z| ?[+-]\d\d:?\d\d)?")
+EMPTY = ("", "na", "n/a", "#n/a", "null", "-", "--")
 
 
 def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate_hz: float | None = None, unit: str | None = None, column: str | None = None):
@@ -1333,7 +1334,10 @@ def read_array(path: str) -> np.ndarray:
 
 
 def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
-    """(header lines, names of columns, table (samples, columns)) of a delimited text file; an empty cell is NaN, a time stamp seconds of its day."""
+    """(header lines, names of columns, table (samples, columns)) of a delimited text file.
+
+    An empty cell is NaN, a time stamp the seconds of its day; columns of words (events, dates) are left out.
+    """
     raw = Path(path).read_bytes()
     wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of spreadsheets
     if len(raw) > 2**28 or b"\0" in raw[:4096] and not wide:
@@ -1346,52 +1350,62 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
     text = text.replace('"', "").replace("'", "")
     lines = [(where, line) for where, line in enumerate(text.splitlines(), 1) if line.strip(" \t,;")]
 
-    def cells(line: str) -> list[str]:
+    def cells(line: str, separator: str | None) -> list[str]:
         return [cell.strip() for cell in line.split(separator)]
 
     def number(cell: str) -> float:
+        cell = cell.replace(",", ".")
         if stamp := ":" in cell and STAMP.fullmatch(cell):
             hour, minute, second, half = stamp.groups()
             hour = int(hour or 0) if not half else int(hour or 0) % 12 + 12 * (half.lower() == "pm")
             return 3600 * hour + 60 * int(minute) + float(second)
-        return float("nan" if cell.lower() in ("", "na", "n/a", "#n/a", "null", "-", "--") else cell)
+        return float("nan" if cell.lower() in EMPTY else cell)
 
-    def numbers(line: str) -> list[float] | None:
+    def numbers(row: list[str], width: int, chosen: Sequence[int]) -> list[float] | None:
         try:
-            return [number(cell.replace(",", ".")) for cell in cells(line)]
+            return [number(row[i]) for i in chosen] if len(row) == width else None
         except ValueError:
             return None
 
-    tail, counts = [line for _, line in lines[-1000:]], {}
-    for separator in [c for c in ";\t" if all(c in line for line in tail)][:1] or (None, ","):
-        counts[separator] = sum(numbers(line) is not None for line in tail)
-    separator = max(counts, key=counts.get)
-    start = next((i for i in range(len(lines) - 1) if numbers(lines[i][1]) and numbers(lines[i + 1][1])), len(lines))
+    most, tail = 0, [line for _, line in lines[-1000:]]
+    common = [c for c in "\t;" if 2 * sum(c in line for line in tail) > len(tail)]
+    for candidate in common[:1] or (None, ","):  # by which are more columns of more of the last lines numbers?
+        rows = [cells(line, candidate) for line in tail]
+        n = int(np.bincount([len(row) for row in rows] or [1]).argmax())
+        filled = [[[cell] for cell in column if cell.lower() not in EMPTY] for column in zip(*(row for row in rows if len(row) == n))]
+        columns = [i for i, column in enumerate(filled) if sum(numbers(cell, 1, [0]) is not None for cell in column) > len(column) / 2]
+        score = len(columns) / n * sum(numbers(row, n, columns) is not None for row in rows)
+        if score > most:
+            most, separator, width, chosen = score, candidate if n > 1 else None, n, columns
+    found = lambda line: numbers(cells(line, separator), width, chosen)
+    start = next((i for i in range(len(lines) - 1) if most and found(lines[i][1]) and found(lines[i + 1][1])), len(lines))
     if start == len(lines):
         raise ValueError(f"{path}: no column of numbers in it; a line for each sample is expected")
     header, lines = [line for _, line in lines[:start]], lines[start:]
-    ahead = [(numbers(line) or [])[:2] for _, line in lines[:1000]]
-    if separator is None and all(len(values) == 1 and line.count(",") == 1 for values, (_, line) in zip(ahead, lines)):
+    ahead = [found(line) for _, line in lines[:1000]]
+    if width == 1 and all(values and line.count(",") == 1 for values, (_, line) in zip(ahead, lines)):
         # "0,123": two columns, or a decimal comma?  Whole numbers have no 0 in front; a time grows, while an ECG goes up and down.
         whole, behind = np.trunc(np.concatenate(ahead)), {line.split(",")[1].strip() for _, line in lines[:1000]}
         behind = {digits for digits in behind if len(digits) > 1}
         grows = (np.diff(whole) >= 0).all() and whole[-1] > whole[0]
         if ":" in lines[0][1] or not any(digits[0] == "0" for digits in behind) and (grows or len(behind) >= 30):
-            separator = ","
+            separator, width, chosen = ",", 2, [0, 1]
+    if width > 64:
+        raise ValueError(f"{path}: {width} columns are no recording")
 
     try:  # plain numbers, a hundred times faster than one by one
-        table = np.loadtxt((line if separator == "," else line.replace(",", ".") for _, line in lines), delimiter=separator, comments=None, ndmin=2)
+        if any(len(line.split(separator)) != width for _, line in lines):
+            raise ValueError
+        plain = (line if separator == "," else line.replace(",", ".") for _, line in lines)
+        table = np.loadtxt(plain, delimiter=separator, usecols=chosen, comments=None, ndmin=2)
     except ValueError:
-        rows = []
-        for where, line in lines:
-            rows.append(numbers(line))
-            if rows[-1] is None or len(rows[-1]) != len(rows[0]):
-                raise ValueError(f"{path}, line {where}: {line.strip()[:40]!r} is not {len(rows[0])} number(s), as the lines above; mend or remove it") from None
+        rows = [found(line) for _, line in lines]
+        if None in rows:
+            where, line = lines[rows.index(None)]
+            raise ValueError(f"{path}, line {where}: {line.strip()[:40]!r} is not {width} number(s), as the lines above; mend or remove it") from None
         table = np.array(rows)
-    if table.shape[1] > 64:
-        raise ValueError(f"{path}: {table.shape[1]} columns are no recording")
-    titles = [parts for parts in (cells(line.lstrip("# ")) for line in header[-2:]) if len(parts) == table.shape[1]]
-    return "\n".join(header), [" ".join(column) for column in zip(*titles)], table
+    titles = [parts for parts in (cells(line.lstrip("# "), separator) for line in header[-2:]) if len(parts) == width]
+    return "\n".join(header), [" ".join(column) for i, column in enumerate(zip(*titles)) if i in chosen], table
 
 
 def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]) -> list[str]:

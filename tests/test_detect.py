@@ -334,6 +334,24 @@ def test_what_spreadsheets_and_locales_do_to_numbers(tmp_path, source):
         np.testing.assert_allclose(read_recording(tmp_path / f"{name}.txt", ("I",))[0][0], x, atol=1e-9 if name != "empty" else 0.2)
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_columns_of_words_are_left_out(tmp_path, source, separator):
+    """A date, a mark that is mostly empty, a word in every line; names and numbers of the others stay right."""
+    x = np.round(source[0, :2, :3000], 4)
+    mark = lambda i: {700: "PVC", 2990: "button, long" if separator != "," else "button"}.get(i, "")
+    lines = [["2026-03-01", f"12:00:{i / 500:06.3f}", str(x[0, i]), "Normal", mark(i), str(x[1, i])] for i in range(3000)]
+    path = tmp_path / "x.csv"
+    path.write_text("\n".join(separator.join(line) for line in [["Date", "Time", "I", "Beat", "Event", "II"], *lines]))
+    for lead, wanted, flags in (("I", x[0], {}), ("II", x[1], {}), ("I", x[1], {"column": "2"})):
+        ecg, rate, said = read_recording(path, (lead,), **flags)
+        assert (round(rate), said) == (500, [])
+        np.testing.assert_array_equal(ecg[0], wanted)
+    lines[2000][2] = "off"
+    path.write_text("\n".join(separator.join(line) for line in lines))
+    with pytest.raises(ValueError, match="x.csv, line 2001: "):
+        read_recording(path, ("I",), sample_rate_hz=500)
+
+
 def test_counters_and_converter_steps_are_columns(tmp_path, source):
     """Two whole numbers in a line, the first going up and down."""
     steps = np.rint(200 * source[0, 0, :3000]).astype(int) + 512
@@ -634,7 +652,7 @@ def bad_files(x):
         "empty.csv": ("", "number"), "blank.csv": (" \n" * 500, "number"), "commas.csv": (",,,\n" * 5000, "number"), "semicolons.csv": (";;\n" * 5000, "number"), "tabs.tsv": ("\t\t\n" * 5000, "number"),
         "header.csv": ("\n".join(APPLE), "number"), "words.csv": ("hello\nworld\n" * 100, "number"), "page.csv": ("<html>\n<body>404</body>\n</html>\n", "number"), "list.txt": ('{"ecg": [0.1, 0.2]}', "number"),
         "nan.csv": ("I\n" + "nan\n" * 5000, "number"), "infinite.csv": ("inf\n-inf\n" * 2500, "number"), "one_sample.csv": ("I\n0.1\n", "number"), "short.csv": (column[:7000], "too short"),
-        "flat.csv": ("0.5\n" * 5000, "flat"), "huge.csv": (column + "1e300\n-1e300\n", ""), "large.csv": (column + "1e40\n", ""), "ragged.csv": ("0.1,0.2\n0.3\n" * 2500, "line 2"), "gap.csv": (column + "electrode off\n" + column, "line 5001"),
+        "flat.csv": ("0.5\n" * 5000, "flat"), "huge.csv": (column + "1e300\n-1e300\n", ""), "large.csv": (column + "1e40\n", ""), "ragged.csv": ("0.1,0.2\n0.1,0.3\n0.3\n" * 2000, "line 3"), "gap.csv": (column + "electrode off\n" + column, "line 5001"),
         "wide.csv": (",".join("0" * 100).join(["", "\n"]) * 5000, "100"), "lead_two.csv": ("II\n" + column, "lead I"), "two_columns.csv": ("a,b\n" + "0.1,0.5\n-0.3,0.2\n" * 2500, "lead I"), "pressure.csv": ("Unit,mmHg\n" + column, "mmHg"),
         "bytes.csv": (bytes(range(256)) * 40, "binary"), "zeros.txt": (bytes(5000), "binary"), "zipped.csv": (gzip.compress(column.encode()), ""), "picture.csv": (b"\x89PNG\r\n\x1a\n" + bytes(500), ""),
         "paper.csv": (b"%PDF-1.4\n%\xe2\xe3\n1 0 obj\n<<>>\n", "number"), "hex.csv": ("0x1f\n0x2f\n" * 2500, "number"), "minus.csv": ("-\n" * 5000, "number"),
