@@ -92,6 +92,8 @@ def main(config: ProbeConfig) -> dict:
     pairs = selfmis.read_pairs(config, records, view, ranks, "records")
     splits = split_by_fold(records, pairs.usable, config)
     split, test = splits[0], np.concatenate([split["test"] for split in splits])
+    if config.finetune:
+        split["train"] = part_of(split["train"], config.fractions[0], config.seed)
     describe(config, records, split, int(unlabelled.sum()), view, encoder, ranks)
     warn_if_seen(encoder.seen, records, test, config, ranks)
     for other in config.compare:
@@ -103,7 +105,6 @@ def main(config: ProbeConfig) -> dict:
     y = records.labels.astype(np.float32)
     shown = Shown(encoder, pairs, view, ranks)
     if config.finetune:
-        split["train"] = part_of(split["train"], config.fractions[0], config.seed)
         content, features = finetune(config, shown, y, split, out, ranks)
         heads = {"finetune": [Fit(config.seed, config.fractions[0], *content["head"], *(score(features[rows], *content["head"]) for rows in (test, split["val"])))]}
         features = {"": features}

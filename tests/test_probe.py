@@ -211,6 +211,10 @@ def test_fractions_are_random_nested_shares_of_the_training_labels_alone(tmp_pat
     one = next(r for r in all_at_once["runs"] if (r["head"], r["fraction"], r["seed"]) == ("logistic", 0.5, 1))
     assert str(alone["runs"][0]) == str(one) and one["six"] != next(r for r in all_at_once["runs"] if (r["head"], r["fraction"]) == ("logistic", 1.0))["six"]
     assert all_at_once["six"]["mean"] == pytest.approx(np.mean([r["six"] for r in all_at_once["runs"][:2]]))
+    capsys.readouterr()
+    main(make("tuned", fractions=[0.25], finetune=True, batch_size=8))
+    assert "usable: 16 train, 8 val, 8 test" in capsys.readouterr().out and json.loads((tmp_path / "tuned/config.json").read_text())["records"]["train"] == 16
+    assert torch.load(tmp_path / "tuned/probe.pt", weights_only=True)["head_seen"][0]["records"] == 16
     with pytest.raises(ValueError, match="--fractions 1.5"):
         main(make("c", fractions=[1.5]))
 
