@@ -47,7 +47,7 @@ class ProbeConfig(Config):
 # Without data: as in train_pretrain.py, whose best.pt fits.
 DEMO = dict(data=["synthetic:3000"], size="small", sample_rate=100, baseline=True)
 SYNTHETIC_STREAM = 2  # seed of the synthetic records here; train_pretrain.py draws others
-STRENGTHS = tuple(10.0 ** (-k / 2) for k in range(9))  # of the L2 penalty, from strong to weak
+STRENGTHS = tuple(10.0 ** (1 - k / 2) for k in range(11))  # of the L2 penalty, from strong to weak
 GROUPS = {"nine": MI_TYPES, "six": SIX_TYPES, "diagnostic": STATEMENTS}  # of statements; each gets a mean
 NAMES = {"nine": "nine-type mean", "six": "six-type mean", "diagnostic": f"all {len(STATEMENTS)} statements"}
 
@@ -337,11 +337,10 @@ def logistic_head(x, y, x_val, y_val, config: ProbeConfig, seed: int):
     features the Hessian is nearly diagonal, which `newton` likes; turning the axes does not change the penalty.
     """
     mean, deviation = x.double().mean(0), x.double().std(0)
-    deviation[deviation == 0] = 1
-    z = (x - mean) / deviation
+    deviation[~(deviation > 0)] = 1  # a constant feature, or a single record
+    z, z_val = (x - mean) / deviation, (x_val - mean) / deviation
     variance, axes = torch.linalg.eigh(z.T @ z / len(z))
-    ones = torch.ones(len(z), 1, dtype=z.dtype)
-    z, z_val = torch.cat([z @ axes, ones], 1), torch.cat([(x_val - mean) / deviation @ axes, ones[: len(x_val)]], 1)  # the last column is the bias
+    z, z_val = (F.pad(v @ axes, (0, 1), value=1) for v in (z, z_val))  # the last column is the bias
     share = y.double().mean(0).clamp(1 / (2 * len(y)), 1 - 1 / (2 * len(y)))
     curvature = torch.cat([variance.clamp_min(0), torch.ones(1)])[:, None] * share * (1 - share)  # (D + 1, K)
     weight = torch.zeros_like(curvature)

@@ -35,9 +35,12 @@ def test_separable_features_give_auc_1_and_shuffled_labels_give_chance(head):
     assert low - 0.05 < 0.5 < high + 0.05
 
 
-def test_logistic_head_is_at_the_minimum_of_its_stated_objective(monkeypatch):
-    """The gradient, by autograd on the plain objective with standardised features, is zero; so is it for collinear features."""
+@pytest.mark.parametrize("n", [600, 14])
+def test_logistic_head_is_at_the_minimum_of_its_stated_objective(monkeypatch, n):
+    """The gradient, by autograd on the plain objective with standardised features, is zero; so is it for collinear features,
+    and for fewer records than features or validation records."""
     x, y, x_val, y_val = problem(d=12)
+    x, y = x[:n], y[:n]
     x, x_val = (torch.cat([a, a[:, :3] * 2 + 1, torch.ones(len(a), 1)], 1) for a in (x, x_val))  # collinear and constant columns
     for strength in (1.0, 1e-2, 1e-4):
         monkeypatch.setattr(train_probe, "STRENGTHS", (strength,))
