@@ -262,12 +262,14 @@ def read_ecg(record: str | os.PathLike, leads: Sequence[str] = LEADS, sample_rat
     Raises ValueError naming the record: missing or unreadable file, missing lead, unknown unit, no samples.
     """
     ecg, rate = read_wfdb(record, leads)
-    return resample(ecg, rate, sample_rate_hz).astype(np.float32)
+    return resample(fill(ecg), rate, sample_rate_hz).astype(np.float32)
 
 
 def read_wfdb(record: str | os.PathLike, leads: Sequence[str]) -> tuple[np.ndarray, float]:
-    """read_ecg at the record's own rate: (len(leads), T) float64 in mV, and that rate in Hz."""
-    record = str(record).removesuffix(".hea")
+    """read_ecg at the record's own rate: (len(leads), T) float64 in mV, NaN where a sample is missing, and that rate in Hz."""
+    given, record = str(record), str(record).removesuffix(".hea").removesuffix(".dat")
+    if os.path.isfile(given) and not os.path.isfile(record + ".hea"):
+        raise ValueError(f"{given}: neither a WFDB record nor .csv, .tsv, .txt or .npy; convert it")
     if not os.path.isfile(record + ".hea"):
         raise ValueError(f"{record}.hea: there is no such header file")
     try:
@@ -289,7 +291,7 @@ def read_wfdb(record: str | os.PathLike, leads: Sequence[str]) -> tuple[np.ndarr
     unknown = {units[i] for i in columns if units[i].strip().lower() not in MILLIVOLTS}
     if unknown:
         raise ValueError(f"{record}: unit {', '.join(sorted(unknown))} is not a voltage")
-    return fill(signal[:, columns].T * np.array([[MILLIVOLTS[units[i].strip().lower()]] for i in columns])), rate
+    return signal[:, columns].T * np.array([[MILLIVOLTS[units[i].strip().lower()]] for i in columns]), rate
 
 
 def fill(ecg: np.ndarray) -> np.ndarray:
@@ -1192,7 +1194,8 @@ class Detector:
     windows left out; 2.5 to 10 s are padded as in `preprocess`.  ValueError: another shape, too short, flat throughout.
 
     Attributes: leads, sample_rate_hz, preprocessing; points {name: {type: (threshold, sensitivity, specificity)}} on the
-    validation fold, positives {type: how many of it the validation fold has}; content, the whole checkpoint.
+    validation fold, the threshold NaN where the type is absent there or sensitivity + specificity is below 1.1, where a guess
+    has 1; positives {type: how many of it the validation fold has}; content, the whole checkpoint.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -1204,7 +1207,8 @@ class Detector:
         self.sample_rate_hz, self.preprocessing = encoder.sample_rate_hz, encoder.preprocessing
         self.answer = Answer(encoder, content).eval()
         column = content["classes"].index
-        self.points = {name: {t: tuple(point[column(t)].tolist()) for t in MI_TYPES} for name, point in content["points"].items()}
+        usable = lambda threshold, sensitivity, specificity: (threshold if sensitivity + specificity >= 1.1 else math.nan, sensitivity, specificity)
+        self.points = {name: {t: usable(*point[column(t)].tolist()) for t in MI_TYPES} for name, point in content["points"].items()}
         self.positives = {t: int(content["positives"][column(t)]) for t in MI_TYPES}
 
     @torch.no_grad()
@@ -1233,13 +1237,15 @@ def load_detector(path: str | os.PathLike) -> Detector:
     return Detector(path)
 
 
-# What the lines above the numbers of a text file are searched for: the sampling rate by its name, else a number of Hz that
-# is no filter's and no heart's; the unit by its name, else a voltage in the name of the column, else one anywhere.
+# What the lines above the numbers of a text file are searched for: the sampling rate by its name, else the largest number of
+# Hz that is no filter's and no heart's; the unit by its name, else a voltage in the name of the column, else one anywhere.
 HERTZ = r"(\d+(?:[.,]\d+)?)\s*(k?)"
 RATE = re.compile(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast(?:rate|freq)\w*|chantillonnage|muestreo|campionamento|\bfs)\b[^\d\n]{0,12}" + HERTZ)
 OTHER_RATE = re.compile(rf"(?im)^(?!.*(?:filt|pass|mains|netz|line|notch|heart|puls|cut|band|bw|response|\d\s*-\s*\d)).*?{HERTZ}(?:hz|hertz)\b")
 UNIT = re.compile(r"(?i)(?<![a-z])(?:unit|einheit)\w*\W+([^\s,;]+)")
 OTHER_UNIT = re.compile(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z/])|[(\[_](v)(?:olts?)?[)\]]")
+LEAD_NAME = re.compile(r"(?i)(?<![a-z0-9-])(?:(?:lead[\W_]*|d)([123])|(?:lead[\W_]*|e[ck]g[\W_]*|ml|d)?(i{1,3}|av[rlf]|v[1-6]))(?![a-z0-9])")
+OTHER_LEAD = re.compile(r"(?i)\b(?:lead|ableitung)\W+(?:lead\W+)?(ii|iii|av[rlf]|v[1-6])(?!\w)")
 CLOCK = re.compile(r"(?i)time|zeit|elapsed|stamp")
 CLOCK_UNIT = re.compile(r"(?i)(?<![a-z])(min|[nuµμm]s)(?:ec\w*|utes?)?(?![a-z])")
 STAMP = re.compile(r"(?i)(?:.*[t ])?(?:(\d+):)?(\d+):(\d+(?:\.\d*)?) ?([ap]m)?(?:z| ?[+-]\d\d:?\d\d)?")
@@ -1257,24 +1263,29 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
     path, kind, said, rates = str(path), os.path.splitext(path)[1].lower(), [], {"--sample-rate": sample_rate_hz}
     if kind not in (".npy", ".csv", ".tsv", ".txt"):
         ecg, rates["header"] = read_wfdb(path, leads)
+        if unit or column:
+            said.append("--unit and --column are ignored: a WFDB record says both")
     else:
         header, names, table = ("", [], read_array(path)) if kind == ".npy" else read_text(path)
         times, rates["time column"], even = find_times(names, table)
         if not even:
-            said.append("the times are not evenly spaced (gaps, or rounded): check the sample rate, or give --sample-rate")
-        if stated := RATE.search(header) or OTHER_RATE.search(header):
-            rates["header"] = float(stated[1].replace(",", ".")) * (1000 if stated[2] else 1)
+            said.append("the times do not grow evenly (gaps, rounded, restarted): check the order of the samples and the sample rate, or give --sample-rate")
+        hertz = lambda stated: float(stated[1].replace(",", ".")) * (1000 if stated[2] else 1)
+        if stated := RATE.search(header) or max(OTHER_RATE.finditer(header), key=hertz, default=None):
+            rates["header"] = hertz(stated)
         table, names = np.delete(table, times, 1), [name for i, name in enumerate(names) if i not in times]
-        words = [re.split(r"[^A-Z0-9]+", name.upper()) for name in names]
-        place = {lead: next((i for i, w in enumerate(words) if lead.upper() in w), -1) for lead in LEADS}
+        named = [match and ("I" * int(match[1]) if match[1] else match[2].upper()) for match in map(LEAD_NAME.search, names)]
+        place = {lead: named.index(lead.upper()) if lead.upper() in named else -1 for lead in LEADS}
         if column is not None and len(leads) == 1:
             chosen = [next((i for i, name in enumerate(names) if name == column or name.endswith(" " + column)), int(column) - 1 if column.isdigit() else -1)]
-        elif max(place.values()) < 0 and table.shape[1] in (len(leads), 12):  # no lead is named: one column, or twelve in the usual order
-            chosen = [0] if table.shape[1] == 1 else [LEADS.index(lead) for lead in leads]
+        elif max(place.values()) < 0 and (len(leads) == table.shape[1] == 1 or len(set(names)) < 2 and table.shape[1] == 12):
+            chosen = [0] if table.shape[1] == 1 else [LEADS.index(lead) for lead in leads]  # no names: one column, or twelve in the usual order
+            if table.shape[1] == 1 and (other := OTHER_LEAD.search(header)) and other[1].upper() != leads[0].upper():
+                said.append(f"the header speaks of lead {other[1]}, and the only column is read as lead {leads[0]}")
         else:
             chosen = [place[lead] for lead in leads]
         if not all(0 <= c < table.shape[1] for c in chosen):
-            raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {table.shape[1]} ({', '.join(names) or 'without names'}); give --column NAME or its number")
+            raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {table.shape[1]} ({', '.join(names) or 'without names'}); {'give --column NAME or its number' if len(leads) == 1 else 'name the columns I, II, ...'}")
         spelled = lambda text: re.sub("(?i)milli ?volts?", "mV", re.sub("(?i)micro ?volts?", "uV", text))
         stated = UNIT.search(header) or (OTHER_UNIT.search(spelled(names[chosen[0]])) if names else None) or OTHER_UNIT.search(spelled(header))
         unit = unit or (stated[stated.lastindex] if stated else "mV")
@@ -1291,6 +1302,8 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
         raise ValueError(f"{path}: {rate:g} Hz by the {next(iter(rates))} is no sample rate of an ECG; give --sample-rate")
     if any(abs(other / rate - 1) > 0.01 for other in rates.values()):
         said.append(f"contradicting sample rates ({', '.join(f'{r:g} Hz by the {source}' for source, r in rates.items())}); {rate:g} Hz is used")
+    if missing := (~np.isfinite(ecg)).sum():
+        said.append(f"{missing:,} of {ecg.size:,} samples are missing, and are taken as 0 mV")
     return fill(ecg), rate, said
 
 
@@ -1309,9 +1322,9 @@ def find_times(names: list[str], table: np.ndarray) -> tuple[list[int], float | 
         if (np.diff(t) >= 0).all() and step > 0 and (even or named):
             found.append((not even, i, step if even else np.median(np.diff(t)) or step))
     if not found:
-        return named, None, True
+        return named, None, not named
     uneven, i, step = min(found)
-    unit = CLOCK_UNIT.search(names[i]) if names else None
+    unit = CLOCK_UNIT.search(names[i]) if names and ":" not in names[i] else None  # "hh:mm:ss.ms" are stamps, so seconds
     per_second = {"min": 1 / 60, "ms": 1e3, "ns": 1e9}.get(unit[1].lower(), 1e6) if unit else 1e3 if step > 1 else 1
     return named or [i], None if step == 1 and not unit else per_second / step, not uneven  # a step of 1 numbers the samples
 
@@ -1341,7 +1354,7 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
     raw = Path(path).read_bytes()
     wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of spreadsheets
     if len(raw) > 2**28 or b"\0" in raw[:4096] and not wide:
-        raise ValueError(f"{path}: {'larger than 256 MiB' if len(raw) > 2**28 else 'binary'}, so not a recording as text")
+        raise ValueError(f"{path}: {'larger than 256 MiB: convert it to .npy' if len(raw) > 2**28 else 'binary, so not a recording as text'}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -1391,7 +1404,7 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
         if ":" in lines[0][1] or not any(digits[0] == "0" for digits in behind) and (grows or len(behind) >= 30):
             separator, width, chosen = ",", 2, [0, 1]
     if width > 64:
-        raise ValueError(f"{path}: {width} columns are no recording")
+        raise ValueError(f"{path}: {width} columns are no recording; a line for each sample is expected")
 
     try:  # plain numbers, a hundred times faster than one by one
         if any(len(line.split(separator)) != width for _, line in lines):
@@ -1423,6 +1436,8 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]
             said.append(f"lead {lead} is cut off at {x.min():.2f} or {x.max():.2f} mV: the amplifier was saturated")
         if high - low > 10 or 0 < high - low < 0.05:
             said.append(f"lead {lead} spans {high - low:.3g} mV: {'are these microvolts? give --unit uV' if high > low + 10 else 'is the unit right? give --unit'}")
+        if (peak := np.abs(x - np.median(x)).max()) > 5 * (high - low) > 0:
+            said.append(f"lead {lead} has a spike of {peak:.3g} mV: is that a mark or a missing sample? remove it")
         width = 2 * round(0.025 * sample_rate_hz) + 1
         fast = x - np.convolve(x, np.ones(width) / width, "same")
         noise = 1.48 * np.median(np.abs(fast))  # of a beat only the QRS complex is as fast, and that is too short to count
@@ -1438,18 +1453,19 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]
     return said
 
 
-def draw_detection(path: str | os.PathLike, ecg: np.ndarray, sample_rate_hz: float, title: str, answer: dict, points: dict) -> None:
-    """Up to 30 s of one lead (T,) in mV on ECG paper, and below it the probabilities as bars with their thresholds."""
+def draw_detection(path: str | os.PathLike, ecg: np.ndarray, sample_rate_hz: float, title: str, answer: dict, points: dict, point: str) -> None:
+    """Up to 30 s of one lead (T,) in mV on ECG paper, and below it the probabilities as bars, red from their thresholds on."""
     width = int(10 * sample_rate_hz)
     rows = min(3, -(-len(ecg) // width))
     figure, axes = ecg_paper(260, 40 + 30 * rows, below=66)
     for row in range(rows):
         part = ecg[row * width : (row + 1) * width]
         axes.plot(25 * np.arange(len(part)) / sample_rate_hz, np.clip(10 * (part - np.median(ecg)), -14, 19) - 30 * row, "k", linewidth=0.8)
-    axes.text(0, 23, f"{title}   25 mm/s, 10 mm/mV", fontsize=9)
+    shown = f"first {rows * 10} of {len(ecg) / sample_rate_hz:.0f} s, " if len(ecg) > rows * width else ""
+    axes.text(0, 23, f"{title}   {shown}25 mm/s, 10 mm/mV   research code, not a medical device", fontsize=9)
     bars = figure.add_axes((0.1, 14 / (106 + 30 * rows), 0.86, 48 / (106 + 30 * rows)), xlabel="probability", xlim=(0, max(0.1, 1.1 * max(*answer.values(), *(p[0] for p in points.values() if p[0] == p[0])))))
     bars.barh(list(answer), list(answer.values()), color=["#c0392b" if p >= points[t][0] else "#7f8c8d" for t, p in answer.items()])
-    bars.plot([points[t][0] for t in answer], list(answer), "k|", markersize=12, label="threshold")
+    bars.plot([points[t][0] for t in answer], list(answer), "k|", markersize=12, label=f"threshold ({point})")
     bars.invert_yaxis()
     bars.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=110)
@@ -1465,7 +1481,7 @@ def export_detector(path: str | os.PathLike, out: str | os.PathLike) -> None:
     network = Answer(detector.answer.encoder, detector.content, zscore=detector.preprocessing["normalize"] == "zscore").eval()
     example = (torch.zeros(2, len(detector.leads), round(10 * detector.sample_rate_hz)),)
     program = torch.export.export(network, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    said = dict(types=" ".join(MI_TYPES), leads=" ".join(detector.leads), sample_rate_hz=f"{detector.sample_rate_hz:g}", unit="mV", seconds="10")
+    said = dict(types=" ".join(MI_TYPES), thresholds=json.dumps(nan_to_none(detector.points)), leads=" ".join(detector.leads), sample_rate_hz=f"{detector.sample_rate_hz:g}", unit="mV", seconds="10")
     if out.endswith(".pt2"):
         torch.export.save(program, out, extra_files={"about.json": json.dumps(said)})
     elif out.endswith(".onnx"):
@@ -2262,17 +2278,19 @@ def run_detect(arguments) -> int:
             continue
         said += check_recording(ecg, rate, detector.leads)
         name = ("threshold", "sensitivity", "specificity")
-        types = {t: dict(probability=p, positive=p >= points[t][0], **dict(zip(name, points[t])), validation_positives=detector.positives[t]) for t, p in answer.items()}
-        found.append(dict(file=str(path), seconds=ecg.shape[1] / rate, sample_rate_hz=rate, point=arguments.point, warnings=said, types=types))
+        types = {t: dict(probability=p, positive=None if math.isnan(points[t][0]) else p >= points[t][0], **dict(zip(name, points[t])), validation_positives=detector.positives[t]) for t, p in answer.items()}
+        found.append(dict(file=str(path), leads=detector.leads, seconds=ecg.shape[1] / rate, sample_rate_hz=rate, point=arguments.point, warnings=said, types=types))
         if arguments.picture:
-            draw_detection(arguments.picture, ecg[0], rate, f"{path.stem}, lead {detector.leads[0]}", answer, points)
+            draw_detection(arguments.picture, ecg[0], rate, f"{path.stem}, lead {detector.leads[0]}", answer, points, arguments.point)
         if not arguments.json:
             print(f"\n{path}: {ecg.shape[1] / rate:.1f} s at {rate:g} Hz, lead {' '.join(detector.leads)}")
             print("".join(f"warning: {text}\n" for text in said) + f"{'':<7}probability  threshold  sensitivity  specificity  verdict ({arguments.point} on the validation fold)")
             for t, p in answer.items():
                 threshold, sensitivity, specificity = points[t]
-                n, verdict = detector.positives[t], "absent from the validation fold" if threshold != threshold else "POSITIVE" if p >= threshold else "negative"
-                print(f"{t:<7}{p:11.4f}{threshold:11.4f}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{f' (threshold from {n} cases)' if 0 < n < 20 else ''}")
+                n, verdict = detector.positives[t], "POSITIVE" if p >= threshold else "negative"
+                if math.isnan(threshold):
+                    verdict = "no threshold is better than a guess" if n else "absent from the validation fold"
+                print(f"{t:<7}{p:11.4f}{threshold:11.4f}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{f' (threshold from {n} cases)' if 0 < n < 20 and threshold == threshold else ''}")
     if arguments.json:
         print(json.dumps(nan_to_none(found), indent=1))
     else:

@@ -206,7 +206,7 @@ def test_arrays_of_every_shape_and_unit(tmp_path, probes, source, capsys):
 @pytest.mark.parametrize("header, rate", [
     ("Sample Rate,512 hertz", 512), ("Sampling Rate (Hz),500", 500), ("Sampling frequency: 250", 250), ("fs=360", 360), ("Abtastrate;500 Hz", 500), ("Rate: 512,000 Hz", 512),
     ("Filter,0.05-150 Hz\nSample Rate,500 Hz", 500), ("Mains,50 Hz\nSampling Frequency,300 Hz", 300), ("Heart Rate,75\nSample Rate,500 Hz", 500), ("Sampling rate, Hz: 500", 500),
-    ("Number of samples: 3000\nRate: 500 Hz", 500), ("Recorded 2024-03-01, rate ... see below\n500 Hz", 500),
+    ("LP: 150 Hz\nSampling: 500 Hz", 500), ("0.05~150Hz\nFrecuencia: 500 Hz\nRed: 60 Hz", 500), ("Number of samples: 3000\nRate: 500 Hz", 500), ("Recorded 2024-03-01, rate ... see below\n500 Hz", 500),
 ])  # fmt: skip
 def test_the_sample_rate_in_a_header(tmp_path, source, header, rate):
     path = write_text(tmp_path / "x.csv", header.splitlines(), source[0, :1, :3000])
@@ -332,6 +332,56 @@ def test_what_spreadsheets_and_locales_do_to_numbers(tmp_path, source):
     (tmp_path / "empty.txt").write_text("\n".join(lines))
     for name in ("wide", "minus", "empty"):
         np.testing.assert_allclose(read_recording(tmp_path / f"{name}.txt", ("I",))[0][0], x, atol=1e-9 if name != "empty" else 0.2)
+
+
+@pytest.mark.parametrize("name, column", [
+    ("Lead I", "I"), ("LeadI (mV)", "I"), ("ECG_I", "I"), ("DI", "I"), ("D1", "I"), ("Lead 2", "II"), ("LEADII", "II"), ("MLII", "II"), ("avr", "aVR"), ("-aVR", None), ("ECG 1", None), ("d3v", None), ("V10", None),
+])  # fmt: skip
+def test_names_of_leads(tmp_path, source, name, column):
+    path = write_text(tmp_path / "x.csv", ["500 Hz", f"{name},V6"], source[0, [1, 11], :3000])
+    for lead in ("I", "II", "aVR"):
+        if lead == column:
+            np.testing.assert_allclose(read_recording(path, (lead,))[0][0], source[0, 1, :3000], atol=1e-4)
+        else:
+            with pytest.raises(ValueError, match=f"no column for lead {lead} among 2"):
+                read_recording(path, (lead,))
+
+
+def test_twelve_columns_are_in_the_usual_order_only_without_names(tmp_path, source):
+    x = source[0, :, :3000]
+    path = write_text(tmp_path / "x.csv", ["500 Hz"], x)
+    np.testing.assert_allclose(read_recording(path, selfmis.LEADS)[0], x, atol=1e-4)
+    order = [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
+    path = write_text(tmp_path / "y.csv", ["500 Hz", ",".join("Lead" + selfmis.LEADS[i] for i in order)], x[order])
+    np.testing.assert_allclose(read_recording(path, selfmis.LEADS)[0], x, atol=1e-4)
+    path = write_text(tmp_path / "z.csv", ["500 Hz", ",".join(f"channel {i + 1}" for i in range(12))], x[order])
+    with pytest.raises(ValueError, match="no column for lead I, II.*name the columns"):
+        read_recording(path, selfmis.LEADS)
+
+
+@pytest.mark.parametrize("header, change, word", [
+    (["Lead,Lead II", "500 Hz"], None, "speaks of lead II"), (["500 Hz", "Time (s),I"], "backwards", "do not grow evenly"), (["500 Hz", "I"], "gap", "300 of 3,000 samples are missing"),
+    (["500 Hz", "I"], "mark", "a spike of 32.8 mV"), (["500 Hz", "I"], "count", "a spike of 3e"),
+])  # fmt: skip
+def test_what_makes_a_recording_another_one_is_said(tmp_path, source, header, change, word):
+    x = source[0, 0, :3000].copy()
+    x[1000:1300] = np.nan if change == "gap" else x[1000:1300]
+    x[700] = {"mark": -32.768, "count": 3000}.get(change, x[700])
+    path = write_text(tmp_path / "x.csv", header, [np.arange(3000)[::-1] / 500, x] if change == "backwards" else [x])
+    ecg, rate, said = read_recording(path, ("I",))
+    assert word in " ".join(said + check_recording(ecg, rate, ("I",))) and rate == 500
+    assert word not in " ".join(check_recording(source[0, :1, :3000], 500, ("I",)))
+
+
+def test_what_does_not_apply_is_said_and_other_kinds_of_files_are_named(tmp_path, source):
+    write_record(tmp_path / "r", source[0], rate=500)
+    for given in ("r", "r.hea", "r.dat"):
+        ecg, rate, said = read_recording(tmp_path / given, ("I",), unit="uV")
+        assert said == ["--unit and --column are ignored: a WFDB record says both"] and rate == 500
+        np.testing.assert_allclose(ecg[0], source[0, 0], atol=1e-3)
+    (tmp_path / "x.edf").write_bytes(b"0       ")
+    with pytest.raises(ValueError, match="x.edf: neither a WFDB record nor"):
+        read_recording(tmp_path / "x.edf", ("I",))
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -556,7 +606,8 @@ def test_probe_pt_and_results_hold_the_calibration_of_the_validation_fold(traine
     for t, column in zip(MI_TYPES, NINE):
         y, q = records.labels[val, column].astype(bool), np.array([one[t] for one in found])
         for name in ("youden", "sensitivity_90"):
-            threshold, *stated = detector.points[name][t]
+            threshold, *stated = content["points"][name][column].tolist()
+            np.testing.assert_equal(detector.points[name][t], (threshold if sum(stated) >= 1.1 else math.nan, *stated))  # none that is no better than a guess
             assert math.isnan(threshold) and detector.positives[t] == 0 if not y.any() else stated == pytest.approx([(q[y] >= threshold).mean(), (q[~y] < threshold).mean()])
 
 
@@ -575,23 +626,27 @@ def test_a_detector_gives_what_the_probe_predicted(trained, capsys):
 
 
 def test_verdicts_at_and_just_below_the_threshold_and_both_points(tmp_path, probes, source, capsys):
-    """Positive at or above the threshold, in the table and in JSON; a type without a threshold gets no verdict."""
+    """Positive at or above the threshold, in the table and in JSON; a type without a threshold, or with one that is no better than a guess, gets no verdict."""
     write_record(tmp_path / "r", source[0], rate=500)
     p = nine(answers(capsys, probes["one"], tmp_path / "r")[str(tmp_path / "r")]).astype(np.float32)
     points = {name: torch.full((len(STATEMENTS), 3), math.nan) for name in ("youden", "sensitivity_90")}
-    for k, column in enumerate(NINE[:-1]):
+    for k, column in enumerate(NINE[:-2]):
         points["youden"][column] = torch.tensor([float(p[k] if k % 2 else np.nextafter(p[k], np.float32(1))), 0.75, 0.5])
         points["sensitivity_90"][column] = torch.tensor([float(p[k]), 0.9375, 0.25])
-    path = changed(probes["one"], tmp_path / "probe.pt", points=points)
-    for point, positive, sensitivity, specificity in (("youden", [False, True] * 4, 0.75, 0.5), ("sensitivity_90", [True] * 8, 0.9375, 0.25)):
+        points[("youden", "sensitivity_90")[k % 2]][NINE[-2]] = torch.tensor([0.0, 1.0, 0.05])
+    positives = torch.full((len(STATEMENTS),), 30)
+    positives[NINE[-1]] = 0
+    path = changed(probes["one"], tmp_path / "probe.pt", points=points, positives=positives)
+    for point, positive, sensitivity, specificity in (("youden", [False, True] * 3 + [False], 0.75, 0.5), ("sensitivity_90", [True] * 7, 0.9375, 0.25)):
         entry = answers(capsys, path, tmp_path / "r", "--point", point)[str(tmp_path / "r")]
         assert entry["point"] == point and (entry["seconds"], entry["sample_rate_hz"]) == (20, 500)
         types = [entry["types"][t] for t in MI_TYPES]
-        assert [t["positive"] for t in types[:-1]] == positive and types[-1]["threshold"] is None and not types[-1]["positive"]
-        assert all((t["sensitivity"], t["specificity"]) == (sensitivity, specificity) for t in types[:-1])
+        assert [t["positive"] for t in types[:-2]] == positive and all(t["threshold"] is None and t["positive"] is None for t in types[-2:])
+        assert all((t["sensitivity"], t["specificity"]) == (sensitivity, specificity) for t in types[:-2])
         lines = {line.split()[0]: line for line in detect(capsys, path, tmp_path / "r", "--point", point)[1].splitlines() if line[:1].isupper()}
-        assert [("POSITIVE" in lines[t], "negative" in lines[t]) for t in MI_TYPES[:-1]] == [(it, not it) for it in positive]
-        assert "absent from the validation fold" in lines[MI_TYPES[-1]] and all(f"{q:.4f}" in lines[t] for t, q in zip(MI_TYPES, p))
+        assert [("POSITIVE" in lines[t], "negative" in lines[t]) for t in MI_TYPES[:-2]] == [(it, not it) for it in positive]
+        assert "no threshold is better than a guess" in lines[MI_TYPES[-2]] and "absent from the validation fold" in lines[MI_TYPES[-1]]
+        assert all(f"{q:.4f}" in lines[t] for t, q in zip(MI_TYPES, p))
 
 
 def test_a_folder_and_several_files(tmp_path, probes, source, capsys):
@@ -825,8 +880,8 @@ def test_the_picture_shows_the_strip_in_scale_and_the_probabilities(tmp_path, pr
     bars = [axes for axes in figure.axes if axes.patches][0]
     np.testing.assert_allclose([bar.get_width() for bar in bars.patches], nine(entry), rtol=1e-6)
     assert [label.get_text() for label in bars.get_yticklabels()] == list(MI_TYPES)
-    colours = {entry["types"][t]["positive"]: bar.get_facecolor() for t, bar in zip(MI_TYPES, bars.patches)}
-    assert all(bar.get_facecolor() == colours[entry["types"][t]["positive"]] for t, bar in zip(MI_TYPES, bars.patches)) and len(set(colours.values())) == len(colours)
+    colours = {bool(entry["types"][t]["positive"]): bar.get_facecolor() for t, bar in zip(MI_TYPES, bars.patches)}
+    assert all(bar.get_facecolor() == colours[bool(entry["types"][t]["positive"])] for t, bar in zip(MI_TYPES, bars.patches)) and len(set(colours.values())) == len(colours)
 
 
 def test_pictures_of_short_long_and_absent_and_without_matplotlib(tmp_path, probes, capsys, monkeypatch):
