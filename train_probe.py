@@ -47,7 +47,7 @@ class ProbeConfig(Config):
 # Without data: as in train_pretrain.py, whose best.pt fits.
 DEMO = dict(data=["synthetic:3000"], size="small", sample_rate=100, baseline=True)
 SYNTHETIC_STREAM = 2  # seed of the synthetic records here; train_pretrain.py draws others
-STRENGTHS = tuple(10.0 ** (1 - k / 2) for k in range(11))  # of the L2 penalty, from strong to weak
+STRENGTHS = tuple(10.0 ** (2 - k / 2) for k in range(13))  # of the L2 penalty, from strong to weak
 GROUPS = {"nine": MI_TYPES, "six": SIX_TYPES, "diagnostic": STATEMENTS}  # of statements; each gets a mean
 NAMES = {"nine": "nine-type mean", "six": "six-type mean", "diagnostic": f"all {len(STATEMENTS)} statements"}
 

@@ -1,6 +1,6 @@
 """The tables of the README, from real records:  python tests/evidence.py ptb-xl [--out runs/evidence] [--test-fold 10 --val-fold 9]
 
-Runs every command that is not finished yet (62 of them, ten to fourteen hours on two cores), each as a user would type it, then
+Runs every command that is not finished yet (68 of them, ten to fourteen hours on two cores), each as a user would type it, then
 prints the table, a smaller one of a tenth of the labels, and what further ideas do to the validation fold.  A run that was
 cut off is started again; one that is there is not touched.
 """
@@ -71,6 +71,9 @@ def commands(out: Path) -> dict[str, list]:
         found[f"teacher-{seed}-tenth"] = [*share, "--lead", "all", *SMALL, "--epochs", 40, "--patience", 12]
         found[f"tenth-{seed}"] = ["train_pretrain.py", "--multi", out / f"teacher-{seed}-tenth/best.pt", "--loss", "softmax", *ALIGN, "--seed", seed]
         found[f"tenth-{seed}-finetuned"] = [*share, "--encoder", out / f"tenth-{seed}/best.pt", "--epochs", 24]
+        for name in (f"scratch-{seed}-tenth", f"softmax-{seed}", f"tenth-{seed}"):
+            frozen = ["train_probe.py", "--encoder", out / name / "best.pt", "--fractions", 0.1, "--seed", seed, "--head", "logistic"]
+            found[f"{name.removesuffix('-tenth')}-tenth-frozen"] = frozen
     return found
 
 
@@ -92,11 +95,14 @@ ROWS = {  # of the table: the runs whose mean it is
     "*not frozen:* 12-lead teacher": ["teacher-0", "teacher-1", "teacher-2"],
 }
 
-FEW = {  # trained with a tenth of the labels, the encoder too
-    "lead I from scratch": ["scratch-0-tenth", "scratch-1-tenth"],
-    "aligned by softmax to the teacher of all labels": ["softmax-0-tenth", "softmax-1-tenth"],
-    "aligned by softmax to a teacher of that tenth": ["tenth-0-finetuned", "tenth-1-finetuned"],
-    "12-lead teacher of that tenth": ["teacher-0-tenth", "teacher-1-tenth"],
+FEW = {  # a tenth of the labels trains encoder and head: (row, head): runs, the first row of each head is what the others are compared with
+    ("lead I from scratch", "logistic"): ["scratch-0-tenth-frozen", "scratch-1-tenth-frozen"],
+    ("aligned to the teacher of all labels", "logistic"): ["softmax-0-tenth-frozen", "softmax-1-tenth-frozen"],
+    ("aligned to a teacher of that tenth", "logistic"): ["tenth-0-tenth-frozen", "tenth-1-tenth-frozen"],
+    ("*not frozen:* lead I from scratch", "finetune"): ["scratch-0-tenth", "scratch-1-tenth"],
+    ("*not frozen:* aligned to the teacher of all labels", "finetune"): ["softmax-0-tenth", "softmax-1-tenth"],
+    ("*not frozen:* aligned to a teacher of that tenth", "finetune"): ["tenth-0-finetuned", "tenth-1-finetuned"],
+    ("*not frozen:* 12-lead teacher of that tenth", "finetune"): ["teacher-0-tenth", "teacher-1-tenth"],
 }
 
 
@@ -119,17 +125,17 @@ def show(c: dict, form: str) -> str:
 
 
 def few_labels(out: Path) -> None:
-    """A tenth of the labels: each row, and its difference to the first one, paired by patient; only seeds that both have."""
-    first = next(iter(FEW))
-    print("\n| with a tenth of the labels | seeds | six | nine | 44 | six minus scratch | nine minus scratch | 44 minus scratch |\n|---|--:|---|---|---|---|---|---|")
-    for row, runs in FEW.items():
-        both = [(run, base) for run, base in zip(runs, FEW[first]) if all((out / name / "results.json").exists() for name in (run, base))]
+    """A tenth of the labels: each row, and its difference to the first one of its head, paired by patient; only seeds that both have."""
+    groups, first = ("six", "nine", "diagnostic"), {}
+    print("\n| with a tenth of the labels | head | seeds | six | nine | 44 | six minus scratch | nine minus scratch | 44 minus scratch |\n|---|---|--:|---|---|---|---|---|---|")
+    for (row, head), runs in FEW.items():
+        base = first.setdefault(head, runs)
+        both = [names for names in zip(runs, base) if all((out / name / "results.json").exists() for name in names)]
         if both:
-            (aucs, draws, labels), (base, base_draws, _) = (scores(out, list(names), "finetune") for names in zip(*both))
-            own, difference = train_probe.summarize(aucs.mean(0), draws, labels), train_probe.summarize(aucs.mean(0) - base.mean(0), draws - base_draws, labels)
-            groups = ("six", "nine", "diagnostic")
-            cells = [show(own[group], "{:.3f}") for group in groups] + ["" if row == first else show(difference[group], "{:+.3f}") for group in groups]
-            print(f"| {row} | {len(both)} | {' | '.join(cells)} |")
+            (aucs, draws, labels), (base_aucs, base_draws, _) = (scores(out, list(names), head) for names in zip(*both))
+            own, difference = train_probe.summarize(aucs.mean(0), draws, labels), train_probe.summarize(aucs.mean(0) - base_aucs.mean(0), draws - base_draws, labels)
+            cells = [show(own[group], "{:.3f}") for group in groups] + ["" if runs is base else show(difference[group], "{:+.3f}") for group in groups]
+            print(f"| {row} | {head} | {len(both)} | {' | '.join(cells)} |")
 
 
 def table(out: Path) -> None:
