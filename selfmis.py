@@ -1453,6 +1453,15 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]
     return said
 
 
+def nan_to_none(content):
+    """JSON has no NaN."""
+    if isinstance(content, dict):
+        return {key: nan_to_none(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [nan_to_none(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
+
+
 def draw_detection(path: str | os.PathLike, ecg: np.ndarray, sample_rate_hz: float, title: str, answer: dict, points: dict, point: str) -> None:
     """Up to 30 s of one lead (T,) in mV on ECG paper, and below it the probabilities as bars, red from their thresholds on."""
     width = int(10 * sample_rate_hz)
@@ -1836,15 +1845,6 @@ def write_atomically(path: Path, write) -> None:
 def save(path: Path, content: dict) -> None:
     """The one writer of checkpoints; read_checkpoint is the one reader."""
     write_atomically(path, lambda file: torch.save(content, file))
-
-
-def nan_to_none(content):
-    """JSON has no NaN."""
-    if isinstance(content, dict):
-        return {key: nan_to_none(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [nan_to_none(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def write_json(path: Path, content) -> None:
