@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -1206,22 +1207,22 @@ class Detector:
         self.leads = LEADS if encoder.lead == "all" else (encoder.lead,)
         self.sample_rate_hz, self.preprocessing = encoder.sample_rate_hz, encoder.preprocessing
         self.answer = Answer(encoder, content).eval()
-        column = content["classes"].index
-        usable = lambda threshold, sensitivity, specificity: (threshold if sensitivity + specificity >= 1.1 else math.nan, sensitivity, specificity)
-        self.points = {name: {t: usable(*point[column(t)].tolist()) for t in MI_TYPES} for name, point in content["points"].items()}
-        self.positives = {t: int(content["positives"][column(t)]) for t in MI_TYPES}
+        self.points = {name: {t: point[content["classes"].index(t)].tolist() for t in MI_TYPES} for name, point in content["points"].items()}
+        for point in self.points.values():
+            point.update({t: (threshold if a + b >= 1.1 else math.nan, a, b) for t, (threshold, a, b) in point.items()})
+        self.positives = {t: int(content["positives"][content["classes"].index(t)]) for t in MI_TYPES}
 
     @torch.no_grad()
     def __call__(self, ecg: np.typing.ArrayLike, sample_rate_hz: float) -> dict:
         ecg, L = np.asarray(ecg, np.float64), len(self.leads)
         batch = ecg.reshape((1,) * (3 - ecg.ndim) + ecg.shape) if 1 <= ecg.ndim <= 3 else ecg
         if batch.ndim != 3 or batch.shape[1] != L:
-            raise ValueError(f"a recording of shape {ecg.shape}: expected ({L}, samples){', or (samples,)' if L == 1 else ''}; several as (recordings, {L}, samples)")
-        batch = np.stack([resample(fill(one), sample_rate_hz, self.sample_rate_hz) for one in batch])
-        width, T = round(10 * self.sample_rate_hz), batch.shape[2]
-        starts = np.linspace(0, max(0, T - width), max(1, math.ceil(T / width - 0.01))).round().astype(int)
-        mean = []
+            raise ValueError(f"a recording of shape {ecg.shape}: expected ({L}, samples){', or (samples,)' * (L == 1)}; several as (recordings, {L}, samples)")
+        width, mean = round(10 * self.sample_rate_hz), []
         for one in batch:
+            one = resample(fill(one), sample_rate_hz, self.sample_rate_hz)
+            T = one.shape[1]
+            starts = np.linspace(0, max(0, T - width), max(1, math.ceil(T / width - 0.01))).round().astype(int)
             windows = [one[:, start:][:, :width] for start in starts]
             windows = [preprocess(w, sample_rate_hz=self.sample_rate_hz, **self.preprocessing) for w in windows if np.ptp(w, axis=1).any()]
             if not windows:
@@ -1237,57 +1238,57 @@ def load_detector(path: str | os.PathLike) -> Detector:
     return Detector(path)
 
 
-# What the lines above the numbers of a text file are searched for: the sampling rate by its name, else the largest number of
-# Hz that is no filter's and no heart's; the unit by its name, else a voltage in the name of the column, else one anywhere.
+# What the lines above the numbers of a text file are searched for.  The rate: a sampling rate by name, else the largest
+# number of Hz that is no filter's and no heart's.  The unit: by name, else a voltage.
 HERTZ = r"(\d+(?:[.,]\d+)?)\s*(k?)"
 RATE = re.compile(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast(?:rate|freq)\w*|chantillonnage|muestreo|campionamento|\bfs)\b[^\d\n]{0,12}" + HERTZ)
 OTHER_RATE = re.compile(rf"(?im)^(?!.*(?:filt|pass|mains|netz|line|notch|heart|puls|cut|band|bw|response|\d\s*-\s*\d)).*?{HERTZ}(?:hz|hertz)\b")
-UNIT = re.compile(r"(?i)(?<![a-z])(?:unit|einheit)\w*\W+([^\s,;]+)")
-OTHER_UNIT = re.compile(r"(?i)(?<![a-zµμ/])([nuµμm]v)(?![a-z/])|[(\[_](v)(?:olts?)?[)\]]")
-LEAD_NAME = re.compile(r"(?i)(?<![a-z0-9-])(?:(?:lead[\W_]*|d)([123])|(?:lead[\W_]*|e[ck]g[\W_]*|ml|d)?(i{1,3}|av[rlf]|v[1-6]))(?![a-z0-9])")
-OTHER_LEAD = re.compile(r"(?i)\b(?:lead|ableitung)\W+(?:lead\W+)?(ii|iii|av[rlf]|v[1-6])(?!\w)")
-CLOCK = re.compile(r"(?i)time|zeit|elapsed|stamp")
-CLOCK_UNIT = re.compile(r"(?i)(?<![a-z])(min|[nuµμm]s)(?:ec\w*|utes?)?(?![a-z])")
-STAMP = re.compile(r"(?i)(?:.*[t ])?(?:(\d+):)?(\d+):(\d+(?:\.\d*)?) ?([ap]m)?(?:z| ?[+-]\d\d:?\d\d)?")
-EMPTY = ("", "na", "n/a", "#n/a", "null", "-", "--")
+UNIT = re.compile(r"(?i)(?<![a-z])(?:unit|einheit)\w*\W+([^\s,;]+)|(?<![a-zµμ/])([nuµμm]v)(?![a-z/])|[(\[_](v)(?:olts?)?[)\]]")
+LEAD_NAME = re.compile(r"(?i)(?<![a-z0-9-])(?:lead[\W_]*|e[ck]g[\W_]*|ml|d)?(i{1,3}|av[rlf]|v[1-6])(?![a-z0-9])")
+ONLY_LEAD = re.compile(r"(?i)\b(?:lead|ableitung)\W+(?:lead\W+|ableitung\W+)?(i{1,3}|av[rlf]|v[1-6])(?!\w)")
+TIME = re.compile(r"(?i)time|zeit|elapsed|stamp")
+TIME_UNIT = re.compile(r"(?i)(?<![a-z])(min|[nuµμm]s)")
 
 
 def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate_hz: float | None = None, unit: str | None = None, column: str | None = None):
     """((L, T) float64 in mV, sample rate in Hz, warnings) of a WFDB record, a .npy array or a table in text.
 
-    .npy: (T,), (L, T) or (T, L), twelve leads in the order of LEADS.  Text (.csv, .tsv, .txt): columns separated by comma,
-    semicolon, tab or blanks, decimal point or comma, above them any header lines, in which names, unit and rate are looked
-    for; a column of time gives the rate too.  The arguments go before what the file says; unit defaults to mV.
-    Raises ValueError naming the file: unreadable, no such lead, rate unknown, no finite sample.
+    .npy: (T,), (L, T) or (T, L), twelve leads in the order of LEADS.  Text (.csv, .tsv, .txt): a line for each sample, above
+    them any header, in which names, unit and rate are looked for; a column of time gives the rate too.  The arguments go
+    before what the file says; unit defaults to mV.  What is not clear is not guessed: ValueError names the file and the
+    argument that helps.  Also where it is unreadable, lacks a lead or has no finite sample.
     """
     path, kind, said, rates = str(path), os.path.splitext(path)[1].lower(), [], {"--sample-rate": sample_rate_hz}
     if kind not in (".npy", ".csv", ".tsv", ".txt"):
         ecg, rates["header"] = read_wfdb(path, leads)
-        if unit or column:
-            said.append("--unit and --column are ignored: a WFDB record says both")
+        said += ["--unit and --column are ignored: a WFDB record says both"] if unit or column else []
     else:
-        header, names, table = ("", [], read_array(path)) if kind == ".npy" else read_text(path)
-        times, rates["time column"], even = find_times(names, table)
-        if not even:
-            said.append("the times do not grow evenly (gaps, rounded, restarted): check the order of the samples and the sample rate, or give --sample-rate")
+        header, names, table = read_array(path) if kind == ".npy" else read_text(path)
         hertz = lambda stated: float(stated[1].replace(",", ".")) * (1000 if stated[2] else 1)
         if stated := RATE.search(header) or max(OTHER_RATE.finditer(header), key=hertz, default=None):
             rates["header"] = hertz(stated)
+        grows = table.shape[1] > 1 and (np.diff(table[:, 0]) > 0).all()  # no lead does
+        times = [i for i, name in enumerate(names) if TIME.search(name)] or ([0] if grows else [])
+        for i in times:
+            steps, named = np.diff(table[:, i]), TIME_UNIT.search(names[i]) if names else None
+            if not 0 <= steps.min() <= steps.max() < 10 * steps.mean():
+                said.append("the times do not grow evenly (gaps, restarted): check the order of the samples and the sample rate")
+            elif steps.mean() != 1:  # a step of 1 numbers the samples
+                per_second = {"min": 1 / 60, "ms": 1e3, "ns": 1e9}.get(named[1].lower(), 1e6) if named else 1e3 if steps.mean() > 1 else 1
+                rates["time column"] = per_second / steps.mean()
         table, names = np.delete(table, times, 1), [name for i, name in enumerate(names) if i not in times]
-        named = [match and ("I" * int(match[1]) if match[1] else match[2].upper()) for match in map(LEAD_NAME.search, names)]
-        place = {lead: named.index(lead.upper()) if lead.upper() in named else -1 for lead in LEADS}
+        n, found = table.shape[1], [match and match[1].upper() for match in map(LEAD_NAME.search, names)]
+        if n == 1 and not any(found):
+            found = [ONLY_LEAD.search(header)[1].upper() if ONLY_LEAD.search(header) else leads[0].upper()]
+        elif n == 12 and not names:
+            found = [lead.upper() for lead in LEADS]
+        chosen = [found.index(lead.upper()) if lead.upper() in found else -1 for lead in leads]
         if column is not None and len(leads) == 1:
-            chosen = [next((i for i, name in enumerate(names) if name == column or name.endswith(" " + column)), int(column) - 1 if column.isdigit() else -1)]
-        elif max(place.values()) < 0 and (len(leads) == table.shape[1] == 1 or len(set(names)) < 2 and table.shape[1] == 12):
-            chosen = [0] if table.shape[1] == 1 else [LEADS.index(lead) for lead in leads]  # no names: one column, or twelve in the usual order
-            if table.shape[1] == 1 and (other := OTHER_LEAD.search(header)) and other[1].upper() != leads[0].upper():
-                said.append(f"the header speaks of lead {other[1]}, and the only column is read as lead {leads[0]}")
-        else:
-            chosen = [place[lead] for lead in leads]
-        if not all(0 <= c < table.shape[1] for c in chosen):
-            raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {table.shape[1]} ({', '.join(names) or 'without names'}); {'give --column NAME or its number' if len(leads) == 1 else 'name the columns I, II, ...'}")
-        spelled = lambda text: re.sub("(?i)milli ?volts?", "mV", re.sub("(?i)micro ?volts?", "uV", text))
-        stated = UNIT.search(header) or (OTHER_UNIT.search(spelled(names[chosen[0]])) if names else None) or OTHER_UNIT.search(spelled(header))
+            chosen = [names.index(column) if column in names else int(column) - 1 if column.isdigit() else -1]
+        if not all(0 <= c < n for c in chosen):
+            remedy = "give --column NAME or its number" if len(leads) == 1 else "name the columns I, II, ..."
+            raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {n} ({', '.join(filter(None, names or found)) or 'without names'}); {remedy}")
+        stated = (UNIT.search(names[chosen[0]]) if names else None) or UNIT.search(header)
         unit = unit or (stated[stated.lastindex] if stated else "mV")
         if unit.lower() not in MILLIVOLTS:
             raise ValueError(f"{path}: unit {unit} is not a voltage; give --unit")
@@ -1295,11 +1296,9 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
         if not np.abs(ecg[np.isfinite(ecg)]).max(initial=-1) <= 1e9 or not np.isfinite(ecg).any():
             raise ValueError(f"{path}: no sample of lead {', '.join(leads)} is a number, or one is too large for an ECG")
     rates = {source: rates[source] for source in ("--sample-rate", "header", "time column") if rates.get(source)}
-    if not rates:
-        raise ValueError(f"{path}: its sample rate is not known; give --sample-rate")
-    rate = next(iter(rates.values()))
+    source, rate = next(iter(rates.items()), ("", 0))
     if not 20 <= rate <= 100_000:
-        raise ValueError(f"{path}: {rate:g} Hz by the {next(iter(rates))} is no sample rate of an ECG; give --sample-rate")
+        raise ValueError(f"{path}: {f'{rate:g} Hz by the {source} is no sample rate of an ECG' if rates else 'its sample rate is not known'}; give --sample-rate")
     if any(abs(other / rate - 1) > 0.01 for other in rates.values()):
         said.append(f"contradicting sample rates ({', '.join(f'{r:g} Hz by the {source}' for source, r in rates.items())}); {rate:g} Hz is used")
     if missing := (~np.isfinite(ecg)).sum():
@@ -1307,129 +1306,73 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
     return fill(ecg), rate, said
 
 
-def find_times(names: list[str], table: np.ndarray) -> tuple[list[int], float | None, bool]:
-    """Columns of time in a table (samples, columns), the rate in Hz of the most even one, and whether it is even.
-
-    By name, several at times (of a phone and of its sensor); without such names the first, if it grows evenly.
-    """
-    named, found = [i for i, name in enumerate(names) if CLOCK.search(name)], []
-    if len(named) == table.shape[1]:
-        named = []
-    for i in (named or [0]) if table.shape[1] > 1 else ():
-        t = table[:, i] + 86400 * np.cumsum(np.diff(table[:, i], prepend=table[0, i]) < -43200)  # past midnight
-        step = (t[-1] - t[0]) / (len(t) - 1)
-        even = np.abs(t - np.linspace(t[0], t[-1], len(t))).max() <= step  # rounded times are
-        if (np.diff(t) >= 0).all() and step > 0 and (even or named):
-            found.append((not even, i, step if even else np.median(np.diff(t)) or step))
-    if not found:
-        return named, None, not named
-    uneven, i, step = min(found)
-    unit = CLOCK_UNIT.search(names[i]) if names and ":" not in names[i] else None  # "hh:mm:ss.ms" are stamps, so seconds
-    per_second = {"min": 1 / 60, "ms": 1e3, "ns": 1e9}.get(unit[1].lower(), 1e6) if unit else 1e3 if step > 1 else 1
-    return named or [i], None if step == 1 and not unit else per_second / step, not uneven  # a step of 1 numbers the samples
-
-
-def read_array(path: str) -> np.ndarray:
-    """A .npy file as (samples, columns) float64."""
+def read_array(path: str) -> tuple[str, list[str], np.ndarray]:
+    """A .npy file as `read_text` returns a table, without header and names."""
     try:
         array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
-            raise ValueError("not an array of real numbers")
-    except FileNotFoundError:
-        raise
+        table = np.atleast_2d(array.astype(np.float64, casting="same_kind"))
     except Exception as error:  # numpy raises many kinds for broken files
-        raise ValueError(f"{path}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
-    table = np.atleast_2d(array)
-    table = table.T if table.ndim == 2 and len(table) in (1, 12) else table
+        raise ValueError(f"{path}: not a readable array of real numbers ({type(error).__name__})") from error
+    table = table.T if len(table) in (1, 12) else table
     if table.ndim != 2 or len(table) < 2 or table.shape[1] > 64:
         raise ValueError(f"{path}: an array of shape {array.shape}: expected (samples,), (12, samples) or (samples, columns)")
-    return table.astype(np.float64)
+    return "", [], table
 
 
 def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
-    """(header lines, names of columns, table (samples, columns)) of a delimited text file.
+    """(header, names of the columns of numbers, those columns (samples, columns) float64) of a table in text.
 
-    An empty cell is NaN, a time stamp the seconds of its day; columns of words (events, dates) are left out.
+    Cells are separated by tab, semicolon, comma or blanks.  A comma is a decimal comma where there are other separators, and in
+    quotes.  "12,345" in all lines is one number if one has a 0 after the comma, with which no whole number begins; else two
+    if the first grows, as a time does, or if much follows the comma.  Columns of words are left out; other cells are NaN.
     """
+    import pandas  # comes with wfdb
+
     raw = Path(path).read_bytes()
-    wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")  # "Unicode text" of spreadsheets
-    if len(raw) > 2**28 or b"\0" in raw[:4096] and not wide:
-        raise ValueError(f"{path}: {'larger than 256 MiB: convert it to .npy' if len(raw) > 2**28 else 'binary, so not a recording as text'}")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("utf-16" if wide else "latin-1", "replace")
-    text = re.sub(r'"([+-]?\d+),(\d+)"', r"\1.\2", text.replace("\u2212", "-"))  # the minus of some locales; quoted decimal commas
-    text = text.replace('"', "").replace("'", "")
-    lines = [(where, line) for where, line in enumerate(text.splitlines(), 1) if line.strip(" \t,;")]
-
-    def cells(line: str, separator: str | None) -> list[str]:
-        return [cell.strip() for cell in line.split(separator)]
-
-    def number(cell: str) -> float:
-        cell = cell.replace(",", ".")
-        if stamp := ":" in cell and STAMP.fullmatch(cell):
-            hour, minute, second, half = stamp.groups()
-            hour = int(hour or 0) if not half else int(hour or 0) % 12 + 12 * (half.lower() == "pm")
-            return 3600 * hour + 60 * int(minute) + float(second)
-        return float("nan" if cell.lower() in EMPTY else cell)
-
-    def numbers(row: list[str], width: int, chosen: Sequence[int]) -> list[float] | None:
-        try:
-            return [number(row[i]) for i in chosen] if len(row) == width else None
-        except ValueError:
-            return None
-
-    most, tail = 0, [line for _, line in lines[-1000:]]
-    common = [c for c in "\t;" if 2 * sum(c in line for line in tail) > len(tail)]
-    for candidate in common[:1] or (None, ","):  # by which are more columns of more of the last lines numbers?
-        rows = [cells(line, candidate) for line in tail]
-        n = int(np.bincount([len(row) for row in rows] or [1]).argmax())
-        filled = [[[cell] for cell in column if cell.lower() not in EMPTY] for column in zip(*(row for row in rows if len(row) == n))]
-        columns = [i for i, column in enumerate(filled) if sum(numbers(cell, 1, [0]) is not None for cell in column) > len(column) / 2]
-        score = len(columns) / n * sum(numbers(row, n, columns) is not None for row in rows)
-        if score > most:
-            most, separator, width, chosen = score, candidate if n > 1 else None, n, columns
-    found = lambda line: numbers(cells(line, separator), width, chosen)
-    start = next((i for i in range(len(lines) - 1) if most and found(lines[i][1]) and found(lines[i + 1][1])), len(lines))
-    if start == len(lines):
+        text = raw.decode("latin-1")
+    if "\0" in text[:4096]:
+        raise ValueError(f"{path}: binary, so not a recording as text")
+    text = re.sub("(?i)micro ?volts?", "uV", text.replace("\u2212", "-"))  # the minus of some locales
+    lines = re.sub("[\"']", "", re.sub(r'"([+-]?\d+),(\d+)"', r"\1.\2", text)).splitlines()
+    number = re.compile(r"(?i)(?!.*hz)\s*[+-]?[.,]?\d").match
+    start = next((i for i in range(len(lines) - 1) if number(lines[i]) and number(lines[i + 1])), len(lines))
+    header, lines = [line for line in lines[:start] if line.strip(" \t,;")], lines[start:]
+    first = lines[0].strip() if lines else ""
+    separator = next((mark for mark in "\t;" if mark in first), "," if "," in first else r"\s+")
+    if separator == "," and re.fullmatch(r"[-+\d]*,\d+(\s+[-+\d]*,\d+)+", first):
+        separator = r"\s+"
+    elif separator == "," and all(map(re.compile(r"\s*([+-]?\d+(,\d+)?)?\s*").fullmatch, lines)):
+        before, _, behind = zip(*(line.strip().partition(",") for line in lines if line.strip()))
+        behind, before = {digits for digits in behind if len(digits) > 1}, np.array(before, float)
+        grows = (np.diff(before) >= 0).all() and before[0] < before[-1]
+        if any(digits[0] == "0" for digits in behind) or not grows and len(behind) < 30:
+            separator = ";"
+    body = "\n".join(lines) if separator == "," else "\n".join(lines).replace(",", ".")
+    try:
+        cells = pandas.read_csv(io.StringIO(body), sep=separator, header=None, skipinitialspace=True, low_memory=False)
+    except ValueError as error:  # pandas counts lines from the first of numbers
+        raise ValueError(f"{path}: no table of numbers with a line for each sample from line {start + 1} on ({' '.join(str(error).split())})") from error
+    cells = cells.apply(pandas.to_numeric, errors="coerce")
+    kept = [i for i in cells if cells[i].count() > len(cells) / 2]
+    if not kept:
         raise ValueError(f"{path}: no column of numbers in it; a line for each sample is expected")
-    header, lines = [line for _, line in lines[:start]], lines[start:]
-    ahead = [found(line) for _, line in lines[:1000]]
-    if width == 1 and all(values and line.count(",") == 1 for values, (_, line) in zip(ahead, lines)):
-        # "0,123": two columns, or a decimal comma?  Whole numbers have no 0 in front; a time grows, while an ECG goes up and down.
-        whole, behind = np.trunc(np.concatenate(ahead)), {line.split(",")[1].strip() for _, line in lines[:1000]}
-        behind = {digits for digits in behind if len(digits) > 1}
-        grows = (np.diff(whole) >= 0).all() and whole[-1] > whole[0]
-        if ":" in lines[0][1] or not any(digits[0] == "0" for digits in behind) and (grows or len(behind) >= 30):
-            separator, width, chosen = ",", 2, [0, 1]
-    if width > 64:
-        raise ValueError(f"{path}: {width} columns are no recording; a line for each sample is expected")
-
-    try:  # plain numbers, a hundred times faster than one by one
-        if any(len(line.split(separator)) != width for _, line in lines):
-            raise ValueError
-        plain = (line if separator == "," else line.replace(",", ".") for _, line in lines)
-        table = np.loadtxt(plain, delimiter=separator, usecols=chosen, comments=None, ndmin=2)
-    except ValueError:
-        rows = [found(line) for _, line in lines]
-        if None in rows:
-            where, line = lines[rows.index(None)]
-            raise ValueError(f"{path}, line {where}: {line.strip()[:40]!r} is not {width} number(s), as the lines above; mend or remove it") from None
-        table = np.array(rows)
-    titles = [parts for parts in (cells(line.lstrip("# "), separator) for line in header[-2:]) if len(parts) == width]
-    return "\n".join(header), [" ".join(column) for i, column in enumerate(zip(*titles)) if i in chosen], table
+    titles = [row for row in (re.split(separator, line.strip("# ")) for line in header[-2:]) if len(row) == cells.shape[1]]
+    names = [" ".join(part.strip() for part in parts) for parts in zip(*titles)]
+    return "\n".join(header), [names[i] for i in kept] if names else [], cells[kept].to_numpy(np.float64)
 
 
 def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]) -> list[str]:
     """What looks wrong with a recording (L, T) in mV, a sentence each.  Limits are from PTB-XL, folds 1-8, at 100 Hz."""
     from scipy.signal import medfilt
 
-    said = []
+    said, skewness = [], lambda v: (v**3).mean() / max(1e-12, (v**2).mean()) ** 1.5
+    smooth = lambda v, width: np.convolve(v, np.ones(width) / width, "same")
     for lead, x in zip(leads, ecg):
         low, high = np.quantile(x, [0.005, 0.995])
-        changes = np.flatnonzero(np.diff(x, prepend=np.nan, append=np.nan))
-        still = np.diff(changes).max() / sample_rate_hz
+        still = np.diff(np.flatnonzero(np.diff(x, prepend=np.nan, append=np.nan))).max() / sample_rate_hz
         if still >= 1:
             said.append(f"lead {lead} does not change for {still:.1f} s: an electrode may be off")
         elif (x == x.max()).mean() + (x == x.min()).mean() > 0.02:
@@ -1438,19 +1381,35 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]
             said.append(f"lead {lead} spans {high - low:.3g} mV: {'are these microvolts? give --unit uV' if high > low + 10 else 'is the unit right? give --unit'}")
         if (peak := np.abs(x - np.median(x)).max()) > 5 * (high - low) > 0:
             said.append(f"lead {lead} has a spike of {peak:.3g} mV: is that a mark or a missing sample? remove it")
-        width = 2 * round(0.025 * sample_rate_hz) + 1
-        fast = x - np.convolve(x, np.ones(width) / width, "same")
-        noise = 1.48 * np.median(np.abs(fast))  # of a beat only the QRS complex is as fast, and that is too short to count
+        noise = 1.48 * np.median(np.abs(x - smooth(x, 2 * round(0.025 * sample_rate_hz) + 1)))  # of a beat only the QRS complex is as fast, and too short to count
         if high > low and noise > 0.08 * (high - low):
             said.append(f"lead {lead} is noisy: {1000 * noise:.0f} uV of noise in {high - low:.2f} mV")
         if lead == "I" and len(x) > sample_rate_hz:
             beat = resample(x[None], sample_rate_hz, 100)[0]
             beat = beat - medfilt(beat, 61)
-            slow = np.convolve(beat, np.ones(9) / 9, "same")  # P and T waves; the rest is the QRS complex
-            skewness = lambda v: (v**3).mean() / max(1e-12, (v**2).mean()) ** 1.5
+            slow = smooth(beat, 9)  # P and T waves; the rest is the QRS complex
             if skewness(beat - slow) + skewness(slow) / 2 < 0:
                 said.append("lead I points down: the arm electrodes may be swapped, or a watch worn on the other wrist")
     return said
+
+
+def draw_detection(path: str | os.PathLike, ecg: np.ndarray, sample_rate_hz: float, title: str, answer: dict, points: dict, point: str) -> None:
+    """Up to 30 s of one lead (T,) in mV on ECG paper, and below it the probabilities as bars, red from their thresholds on."""
+    width = int(10 * sample_rate_hz)
+    rows = min(3, -(-len(ecg) // width))
+    tall, shown = 40 + 30 * rows, f"first {rows * 10} of {len(ecg) / sample_rate_hz:.0f} s, " if len(ecg) > rows * width else ""
+    figure, axes = ecg_paper(260, tall, below=66)
+    for row in range(rows):
+        part = ecg[row * width : (row + 1) * width]
+        axes.plot(25 * np.arange(len(part)) / sample_rate_hz, np.clip(10 * (part - np.median(ecg)), -14, 19) - 30 * row, "k", linewidth=0.8)
+    axes.text(0, 23, f"{title}   {shown}25 mm/s, 10 mm/mV   research code, not a medical device".replace("$", r"\$"), fontsize=9)
+    thresholds = [points[t][0] for t in answer]
+    bars = figure.add_axes((0.1, 14 / (tall + 66), 0.86, 48 / (tall + 66)), xlabel="probability", xlim=(0, max(0.1, 1.1 * np.nanmax([*answer.values(), *thresholds]))))
+    bars.barh(list(answer), list(answer.values()), color=["#c0392b" if p >= threshold else "#7f8c8d" for p, threshold in zip(answer.values(), thresholds)])
+    bars.plot(thresholds, list(answer), "k|", markersize=12, label=f"threshold ({point})")
+    bars.invert_yaxis()
+    bars.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def nan_to_none(content):
@@ -1462,49 +1421,31 @@ def nan_to_none(content):
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
-def draw_detection(path: str | os.PathLike, ecg: np.ndarray, sample_rate_hz: float, title: str, answer: dict, points: dict, point: str) -> None:
-    """Up to 30 s of one lead (T,) in mV on ECG paper, and below it the probabilities as bars, red from their thresholds on."""
-    width = int(10 * sample_rate_hz)
-    rows = min(3, -(-len(ecg) // width))
-    figure, axes = ecg_paper(260, 40 + 30 * rows, below=66)
-    for row in range(rows):
-        part = ecg[row * width : (row + 1) * width]
-        axes.plot(25 * np.arange(len(part)) / sample_rate_hz, np.clip(10 * (part - np.median(ecg)), -14, 19) - 30 * row, "k", linewidth=0.8)
-    shown = f"first {rows * 10} of {len(ecg) / sample_rate_hz:.0f} s, " if len(ecg) > rows * width else ""
-    axes.text(0, 23, f"{title}   {shown}25 mm/s, 10 mm/mV   research code, not a medical device", fontsize=9)
-    bars = figure.add_axes((0.1, 14 / (106 + 30 * rows), 0.86, 48 / (106 + 30 * rows)), xlabel="probability", xlim=(0, max(0.1, 1.1 * max(*answer.values(), *(p[0] for p in points.values() if p[0] == p[0])))))
-    bars.barh(list(answer), list(answer.values()), color=["#c0392b" if p >= points[t][0] else "#7f8c8d" for t, p in answer.items()])
-    bars.plot([points[t][0] for t in answer], list(answer), "k|", markersize=12, label=f"threshold ({point})")
-    bars.invert_yaxis()
-    bars.legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def export_detector(path: str | os.PathLike, out: str | os.PathLike) -> None:
-    """A detector as OUT.onnx or OUT.pt2: input `ecg` (batch, L, 10 s) float32 in mV at its own rate -> `probability` (batch, 9) of MI_TYPES."""
-    detector, out = load_detector(path), str(out)
+def export_detector(path: str | os.PathLike, out: str | os.PathLike) -> str:
+    """A detector as OUT.onnx or OUT.pt2, and a line that says what it takes and gives: mV at its own rate -> probabilities."""
+    detector, out = load_detector(path), Path(out)
     if detector.preprocessing["filter"] != "none":
         raise ValueError(f"{path}: --filter {detector.preprocessing['filter']} cannot be exported, it is not a part of the network")
-    if not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"{out}: there is no such folder")
+    if not out.absolute().parent.is_dir() or out.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{out}: export writes .onnx or .pt2, into a folder that is there")
     network = Answer(detector.answer.encoder, detector.content, zscore=detector.preprocessing["normalize"] == "zscore").eval()
     example = (torch.zeros(2, len(detector.leads), round(10 * detector.sample_rate_hz)),)
+    said = dict(types=" ".join(MI_TYPES), thresholds=json.dumps(nan_to_none(detector.points)), leads=" ".join(detector.leads))
+    said |= dict(sample_rate_hz=f"{detector.sample_rate_hz:g}", unit="mV", seconds="10")
+    missing = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package) is None]
+    if out.suffix == ".onnx" and missing:
+        raise ImportError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}, or export to .pt2")
     program = torch.export.export(network, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    said = dict(types=" ".join(MI_TYPES), thresholds=json.dumps(nan_to_none(detector.points)), leads=" ".join(detector.leads), sample_rate_hz=f"{detector.sample_rate_hz:g}", unit="mV", seconds="10")
-    if out.endswith(".pt2"):
+    if out.suffix == ".pt2":
         torch.export.save(program, out, extra_files={"about.json": json.dumps(said)})
-    elif out.endswith(".onnx"):
-        missing = [package for package in ("onnx", "onnxscript") if importlib.util.find_spec(package) is None]
-        if missing:
-            raise ImportError(f"writing ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}, or export to .pt2")
+    else:
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it speaks of packages that are not needed here
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its own use of its own parts
             model = torch.onnx.export(program, dynamo=True, input_names=["ecg"], output_names=["probability"], verbose=False)
         model.model.metadata_props.update(said)
         model.save(out)
-    else:
-        raise ValueError(f"{out}: export writes .onnx or .pt2")
+    return f"{out}: input ecg (batch, {', '.join(map(str, example[0].shape[1:]))}) in mV, output probability (batch, 9) of {', '.join(MI_TYPES)}"
 
 
 def describe_checkpoint(path: str | os.PathLike) -> str:
@@ -1513,29 +1454,24 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
     if "architecture" not in content:
         return f"{path}\nnot written by selfmis; top level: {', '.join(map(str, content))}"
     config, encoder = content.get("config", {}), stored_encoder(content, path)
-
-    def seen(entries: list[dict]) -> str:
-        said = [f"{e['data']}, {e.get('records', 'unknown')} records {'with' if e['labels'] else 'without'} labels, folds {' '.join(map(str, e.get('folds', ['?'])))}" for e in entries]
-        return "; ".join(said) or "nothing"
-
+    part = lambda e: f"{e['data']}, {e.get('records', 'unknown')} records {'with' if e['labels'] else 'without'} labels, folds {' '.join(map(str, e.get('folds', '?')))}"
+    seen = lambda entries: "; ".join(map(part, entries)) or "nothing"
+    interval = lambda c, key: "absent" if c[key] is None or c[key] != c[key] else f"{c[key]:.3f} ({c['low']:.3f} to {c['high']:.3f})"
     lines = [
         f"{path}: {content.get('kind', 'encoder')}, written {content.get('date', 'at an unknown time')} with torch {content.get('torch', '?')}, git {content.get('git') or '?'}",
         f"encoder: {sum(p.numel() for p in encoder.parameters()):,} parameters, {encoder.leads} lead(s) -> {encoder.embedding_dim} dimensions",
         f"input: lead {content['lead']} at {content['sample_rate_hz']:g} Hz, {', '.join(f'{k} {v}' for k, v in (content['preprocessing'] or {}).items())}",
         f"trained on, its teacher included: {seen(content['seen'])}",
     ]
-    if "classes" in content:
-        lines.append(f"head: {len(content['classes'])} statements; its labels: {seen(content.get('head_seen', content['seen']))}")
     if "results" in content:
-        interval = lambda c, key: "absent" if c[key] is None or c[key] != c[key] else f"{c[key]:.3f} ({c['low']:.3f} to {c['high']:.3f})"
-        lines += [f"AUC on fold {config['test_fold']}, 95 % interval: " + ", ".join(f"{g} {interval(content['results'][g], 'mean')}" for g in ("nine", "six", "diagnostic"))]
+        lines.append(f"head: {len(content['classes'])} statements; its labels: {seen(content['head_seen'])}")
+        lines.append(f"AUC on fold {config['test_fold']}, 95 % interval: " + ", ".join(f"{g} {interval(content['results'][g], 'mean')}" for g in ("nine", "six", "diagnostic")))
         lines += [f"  {t:<6}{c['positives']:>5} positives  {interval(c, 'auc')}" for t, c in content["results"]["types"].items()]
-        lines += ["calibration: " + ", ".join(f"{name} {value:.4f}" for name, value in content["reliability"].items())]
-    elif "metrics" in content:
-        lines.append("metrics: " + ", ".join(f"{k} {v:.4g}" for k, v in content["metrics"].items()))
-    as_flag = lambda name, value: f"--{name.replace('_', '-')}" + ("" if value is True else " " + " ".join(map(str, value if isinstance(value, list) else [value])))
-    changed = " ".join(as_flag(name, value) for name, value in config.items() if value not in (None, False, [], "") and name not in ("overwrite", "resume"))
-    return "\n".join([*lines, f"settings: {changed}", "limits: research code, not a medical device; one lead does not show every infarct, and other devices than its training data's were not tested"])
+    for name in ("reliability", "metrics"):
+        if name in content:
+            lines.append(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in content[name].items()))
+    lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in config.items() if value not in (None, False, [], "")))
+    return "\n".join([*lines, "limits: research code, not a medical device; one lead does not show every infarct, and other devices than its training data's were not tested"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2191,65 +2127,66 @@ def prepare_cache(folder: Path, wanted: dict[str, tuple[int, ...]], what: str, r
     return shared
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line of this module: plot, detect, export, info
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line of this module."""
+    """python selfmis.py COMMAND; what a user can cause is one sentence and exit code 2."""
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command")
-    add = lambda name, help: commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-    plot = add("plot", "draw the usual 12-lead chart of a record")
-    plot.add_argument("record", nargs="?", help="a WFDB record, with or without .hea")
-    plot.add_argument("out", help="the picture, .png, .pdf or .svg")
-    plot.add_argument("--synthetic", choices=SYNTHETIC_TYPES, metavar="TYPE", help="instead of a record: " + ", ".join(SYNTHETIC_TYPES))
-    plot.add_argument("--stage", choices=tuple(STAGES), help="of a synthetic infarct (default: old)")
-    plot.add_argument("--seed", type=int, default=0, help="which synthetic patient")
-    detect = add("detect", "probabilities of the nine infarct types in recordings")
-    detect.add_argument("probe", help="probe.pt of train_probe.py")
-    detect.add_argument("recordings", nargs="+", help="WFDB records, .csv, .tsv, .txt or .npy files, or folders of them")
-    detect.add_argument("--sample-rate", type=float, metavar="HZ", help="where the file does not say it, or says it wrong")
-    detect.add_argument("--unit", choices=("V", "mV", "uV", "nV"), help="of .npy and text files (default: what a header says, else mV)")
-    detect.add_argument("--column", help="name or number (from 1, a time column not counted) of the column in text files")
-    detect.add_argument("--point", choices=("youden", "sensitivity_90"), default="youden", help="threshold: best sensitivity + specificity, or 90 %% sensitivity, on the validation fold (default: youden)")
-    detect.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    detect.add_argument("--picture", metavar="OUT.png", help="draw the strip and the probabilities; one recording only")
-    export = add("export", "write a detector as ONNX or as a torch.export program")
-    export.add_argument("probe", help="probe.pt of train_probe.py")
-    export.add_argument("out", help="OUT.onnx or OUT.pt2")
-    info = add("info", "what is stored in a checkpoint")
-    info.add_argument("file", help="best.pt, last.pt, probe.pt or an ECGFounder file")
-    for command in (plot, detect, export, info):
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=lambda arguments: parser.print_help(), debug=False)
+    commands = parser.add_subparsers()
+
+    def command(name: str, run, help: str):
+        added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("plot", run_plot, "draw the usual 12-lead chart of a record")
+    add("record", nargs="?", help="a WFDB record, with or without .hea")
+    add("out", help="the picture, .png, .pdf or .svg")
+    add("--synthetic", choices=SYNTHETIC_TYPES, metavar="TYPE", help="instead of a record: " + ", ".join(SYNTHETIC_TYPES))
+    add("--stage", choices=tuple(STAGES), default="old", help="of a synthetic infarct (default: old)")
+    add("--seed", type=int, default=0, help="which synthetic patient")
+    add = command("detect", run_detect, "probabilities of the nine infarct types in recordings")
+    add("probe", help="probe.pt of train_probe.py")
+    add("recordings", nargs="+", help="WFDB records, .csv, .tsv, .txt or .npy files, or folders of them")
+    add("--sample-rate", type=float, metavar="HZ", help="where the file does not say it, or says it wrong")
+    add("--unit", choices=("V", "mV", "uV", "nV"), help="of .npy and text files (default: what a header says, else mV)")
+    add("--column", help="name or number (from 1, a time column not counted) of the column in text files")
+    add("--point", choices=("youden", "sensitivity_90"), default="youden", help="threshold: best sensitivity + specificity, or 90 %% sensitivity, on the validation fold (default: youden)")
+    add("--json", action="store_true", help="print JSON instead of tables")
+    add("--picture", metavar="OUT.png", help="draw the strip and the probabilities; one recording only")
+    add = command("export", lambda given: print(export_detector(given.probe, given.out)), "write a detector as ONNX or as a torch.export program")
+    add("probe", help="probe.pt of train_probe.py")
+    add("out", help="OUT.onnx or OUT.pt2")
+    add = command("info", lambda given: print(describe_checkpoint(given.file)), "what is stored in a checkpoint")
+    add("file", help="best.pt, last.pt, probe.pt or an ECGFounder file")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "plot":
-            run_plot(arguments)
-        elif arguments.command == "detect":
-            sys.exit(run_detect(arguments))
-        elif arguments.command == "export":
-            export_detector(arguments.probe, arguments.out)
-            print(f"{arguments.out}: input ecg (batch, leads, samples of 10 s) in mV, output probability (batch, 9) of {', '.join(MI_TYPES)}")
-        elif arguments.command == "info":
-            print(describe_checkpoint(arguments.file))
-        else:
-            parser.print_help()
+        status = arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
         if arguments.debug:
             raise
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        status = print(f"error: {error}", file=sys.stderr) or 2
+    if status is not None:
+        sys.exit(status)
 
 
 def run_plot(arguments) -> None:
     """A chart of a record, or of a synthetic one."""
     if (arguments.record is None) == (arguments.synthetic is None):
         raise ValueError("plot: give either a record or --synthetic TYPE")
-    if arguments.synthetic:
-        stage = arguments.stage or "old"
-        ecg = synthesize(1, arguments.seed, types=arguments.synthetic, stage=stage)[0][0]
-        title = f"synthetic {arguments.synthetic}" + (f", {stage}" if arguments.synthetic in MI_TYPES else "")
+    if kind := arguments.synthetic:
+        ecg = synthesize(1, arguments.seed, types=kind, stage=arguments.stage)[0][0]
+        title = f"synthetic {kind}" + f", {arguments.stage}" * (kind in MI_TYPES)
     else:
         ecg, title = read_ecg(arguments.record), Path(arguments.record).stem
-    plot_ecg(ecg, arguments.out, sample_rate_hz=500, title=title)
+    plot_ecg(ecg, arguments.out, title=title)
     print(f"{title}: {arguments.out}")
 
 
@@ -2259,8 +2196,6 @@ def run_detect(arguments) -> int:
     points, kinds = detector.points[arguments.point], (".hea", ".csv", ".tsv", ".txt", ".npy")
     inside = lambda folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
     paths = [path for given in map(Path, arguments.recordings) for path in (given.is_dir() and inside(given) or [given])]
-    if arguments.sample_rate is not None and not 1 <= arguments.sample_rate <= 100_000:
-        raise ValueError(f"--sample-rate {arguments.sample_rate:g}: expected 1 to 100,000 Hz")
     if arguments.picture and len(paths) > 1:
         raise ValueError(f"--picture: draws one recording, {len(paths)} were given")
     for path in paths:
@@ -2272,29 +2207,28 @@ def run_detect(arguments) -> int:
         except (ValueError, OSError) as error:
             if arguments.debug:
                 raise
-            text = str(error)
-            print(f"error: {text if str(path).removesuffix('.hea') in text else f'{path}: {text}'}", file=sys.stderr, flush=True)
-            failed, found = 2, [*found, dict(file=str(path), error=text)]
+            text = str(error) if str(path).removesuffix(".hea") in str(error) else f"{path}: {error}"
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            found.append(dict(file=str(path), error=text))
+            failed = 2
             continue
         said += check_recording(ecg, rate, detector.leads)
-        name = ("threshold", "sensitivity", "specificity")
-        types = {t: dict(probability=p, positive=None if math.isnan(points[t][0]) else p >= points[t][0], **dict(zip(name, points[t])), validation_positives=detector.positives[t]) for t, p in answer.items()}
+        types = {}
+        for t, p in answer.items():
+            threshold, sensitivity, specificity = points[t]
+            positive = None if math.isnan(threshold) else p >= threshold
+            types[t] = dict(probability=p, threshold=threshold, sensitivity=sensitivity, specificity=specificity, positive=positive, validation_positives=detector.positives[t])
         found.append(dict(file=str(path), leads=detector.leads, seconds=ecg.shape[1] / rate, sample_rate_hz=rate, point=arguments.point, warnings=said, types=types))
         if arguments.picture:
             draw_detection(arguments.picture, ecg[0], rate, f"{path.stem}, lead {detector.leads[0]}", answer, points, arguments.point)
         if not arguments.json:
             print(f"\n{path}: {ecg.shape[1] / rate:.1f} s at {rate:g} Hz, lead {' '.join(detector.leads)}")
             print("".join(f"warning: {text}\n" for text in said) + f"{'':<7}probability  threshold  sensitivity  specificity  verdict ({arguments.point} on the validation fold)")
-            for t, p in answer.items():
-                threshold, sensitivity, specificity = points[t]
-                n, verdict = detector.positives[t], "POSITIVE" if p >= threshold else "negative"
-                if math.isnan(threshold):
-                    verdict = "no threshold is better than a guess" if n else "absent from the validation fold"
-                print(f"{t:<7}{p:11.4f}{threshold:11.4f}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{f' (threshold from {n} cases)' if 0 < n < 20 and threshold == threshold else ''}")
-    if arguments.json:
-        print(json.dumps(nan_to_none(found), indent=1))
-    else:
-        print("\nresearch code, not a medical device: an infarct of today needs an emergency call, not this table")
+            for t, (p, threshold, sensitivity, specificity, positive, n) in zip(types, (entry.values() for entry in types.values())):
+                verdict = {None: "no threshold is better than a guess" if n else "absent from the validation fold", True: "POSITIVE", False: "negative"}[positive]
+                few = f" (threshold from {n} cases)" if 0 < n < 20 and positive is not None else ""
+                print(f"{t:<7}{p:11.4f}{threshold:11.4f}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{few}")
+    print(json.dumps(nan_to_none(found), indent=1) if arguments.json else "\nresearch code, not a medical device: an infarct of today needs an emergency call, not this table")
     return failed
 
 
