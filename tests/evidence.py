@@ -1,19 +1,22 @@
 """The tables of the README, from real records:  python tests/evidence.py ptb-xl [--out runs/evidence] [--test-fold 10 --val-fold 9]
 
-Runs every command that is not finished yet (68 of them, ten to fourteen hours on two cores), each as a user would type it, then
+Runs every command that is not finished yet (74 of them, nine to fourteen hours on two cores), each as a user would type it, then
 prints the table, a smaller one of a tenth of the labels, and what further ideas do to the validation fold.  A run that was
 cut off is started again; one that is there is not touched.
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import numpy as np
+import torch
+from test_synthetic import detected_beats
 
 import selfmis
 import train_probe
@@ -24,6 +27,7 @@ ALIGN = [*SMALL, "--lr", 1e-3, "--warmup", 50, "--epochs", 8]
 
 
 # Ideas on top of softmax-0, one at a time, judged on the validation fold: further flags of the alignment ("SCRATCH" is a run), and of the probe.
+# Preprocessing is the teacher's too, so such an idea gets a teacher of its own.
 IDEAS = {
     "synth8": (["--data", "synthetic:8000"], []),
     "sinit": (["--single", "SCRATCH"], []),
@@ -32,6 +36,8 @@ IDEAS = {
     "lr3e-3": (["--lr", 3e-3], []),
     "batch512": (["--batch-size", 512], []),
     "wd0": (["--weight-decay", 0], []),
+    "millivolts": (["--normalize", "none"], []),
+    "filter": (["--filter", "ecgfounder"], []),
 }
 
 
@@ -55,7 +61,11 @@ def commands(out: Path) -> dict[str, list]:
     for name, (align, probe) in IDEAS.items():
         if tuple(align) not in encoder_of:
             align_flags = [out / "scratch-0/best.pt" if flag == "SCRATCH" else flag for flag in align]
-            found[name] = ["train_pretrain.py", "--multi", out / "teacher-0/best.pt", "--loss", "softmax", *ALIGN, *align_flags]
+            teacher = "teacher-0"
+            if {"--normalize", "--filter"} & set(align):
+                teacher = f"{name}-teacher"
+                found[teacher] = [*finetune, "--lead", "all", *SMALL, *align]
+            found[name] = ["train_pretrain.py", "--multi", out / teacher / "best.pt", "--loss", "softmax", *ALIGN, *align_flags]
             encoder_of[tuple(align)] = name
         found[f"{name}-probe"] = ["train_probe.py", "--encoder", out / encoder_of[tuple(align)] / "best.pt", "--lead", "I", *probe]
     for lead in ("I", "all"):  # synthetic records train, real ones choose and test
@@ -124,6 +134,18 @@ def show(c: dict, form: str) -> str:
     return f"{form.format(c['mean'])} ({form.format(c['low'])} to {form.format(c['high'])})"
 
 
+def minutes(out: Path, run: str) -> float | None:
+    """What the training of a run's encoder took; None if it was not trained or is not there."""
+    folder = out / re.sub("-(probe|frozen|zeros)$", "", run)
+    if run.startswith("random-"):
+        return None
+    if (folder / "results.json").exists():
+        return json.loads((folder / "results.json").read_text())["minutes"]
+    if (folder / "log.jsonl").exists():
+        said, last = json.loads((folder / "config.json").read_text()), json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+        return said["config"]["epochs"] * said["steps"] * said["config"]["batch_size"] * said["world"] / last["records_per_second"] / 60
+
+
 def few_labels(out: Path) -> None:
     """A tenth of the labels: each row, and its difference to the first one of its head, paired by patient; only seeds that both have."""
     groups, first = ("six", "nine", "diagnostic"), {}
@@ -146,7 +168,7 @@ def table(out: Path) -> None:
             if draws is not None:
                 kept.append((row, runs, head, aucs, draws))
                 reference[row, head] = aucs.mean(0), draws
-    print("| encoder | head | seeds | six | nine | 44 | six minus scratch | six minus random | R@1 |\n|---|---|--:|---|---|---|---|---|--:|")
+    print("| encoder | head | seeds | six | nine | 44 | six minus scratch | six minus random | R@1 | minutes |\n|---|---|--:|---|---|---|---|---|--:|--:|")
     for row, runs, head, aucs, draws in kept:
         summary = train_probe.summarize(aucs.mean(0), draws, labels)
         six = aucs[:, train_probe.columns("six")].mean(1)
@@ -159,8 +181,9 @@ def table(out: Path) -> None:
                 auc, drawn = reference[own]
                 cells.append(show(train_probe.summarize(aucs.mean(0) - auc, draws - drawn, labels)["six"], "{:+.3f}"))
         logs = [out / run.removesuffix("-probe") / "log.jsonl" for run in runs if run.endswith("-probe") and (out / run / "results.json").exists()]
+        spent = [m for m in (minutes(out, run) for run in runs) if m]
         r1 = [json.loads(log.read_text().splitlines()[-1])["r1"] for log in logs if log.exists()]
-        print(f"| {row} | {head} | {len(aucs)} | {' | '.join(cells)} | {f'{np.mean(r1):.1f} %' if r1 else ''} |")
+        print(f"| {row} | {head} | {len(aucs)} | {' | '.join(cells)} | {f'{np.mean(r1):.1f} %' if r1 else ''} | {f'{np.mean(spent):.0f}' if spent else ''} |")
 
 
 def choice(out: Path) -> None:
@@ -187,6 +210,42 @@ def choice(out: Path) -> None:
             print(f"| {name} | {head} | {' | '.join(means)} |")
 
 
+def synthetic_only(out: Path, data: str, val_fold: int, test_fold: int) -> None:
+    """Trained on synthetic records, chosen on the validation fold, tested on real ones: the small network, and logistic regression on mean beats."""
+    print("\n| trained on synthetic records only | MI against NORM | MI against all others |\n|---|---|---|")
+    cell = lambda c: "{auc:.3f} ({low:.3f} to {high:.3f}), {positives} to {negatives}".format(**c)
+    for lead, name in (("I", "lead I"), ("all", "twelve leads")):
+        path = out / f"zeroshot-{lead}" / "results.json"
+        if path.exists():
+            found = json.loads(path.read_text())["heads"]["finetune"]["any"]
+            print(f"| small network, {name} | {cell(found['NORM'])} | {cell(found['others'])} |")
+    records = selfmis.find_records(data, sample_rate_hz=100)
+    nine = train_probe.columns("nine")
+
+    def mean_beats(records) -> tuple[np.ndarray, np.ndarray]:
+        """(beats (N, 12, 71), from 250 ms before R to 450 ms after it in steps of 10 ms, rows (N,) with such a beat)."""
+        beats = [detected_beats(records.read(i, selfmis.LEADS, 100)) for i in range(len(records))]
+        rows = np.array([i for i, beat in enumerate(beats) if beat is not None])
+        return np.stack([beats[i][:, 25:380:5] for i in rows]).astype(np.float32), rows
+
+    parts = {"train": selfmis.find_records("synthetic:4000", seed=5)}
+    parts |= {name: records[(records.folds == fold) & records.labels.any(1)] for name, fold in (("val", val_fold), ("test", test_fold))}
+    parts = {name: (part, *mean_beats(part)) for name, part in parts.items()}
+    for lead, name in ((slice(0, 1), "lead I"), (slice(0, 12), "twelve leads")):
+        x = {part: torch.from_numpy(beats[:, lead].reshape(len(beats), -1)) for part, (_, beats, _) in parts.items()}
+        y = {part: torch.from_numpy(records.labels[rows][:, nine].any(1).astype(np.float32)[:, None]) for part, (records, _, rows) in parts.items()}
+        weight, bias, _ = train_probe.logistic_head(x["train"], y["train"], x["val"], y["val"], train_probe.ProbeConfig(), 0)
+        test, _, rows = parts["test"]
+        logits = train_probe.score(x["test"].numpy(), weight, bias)
+        infarct, normal = y["test"].numpy()[:, 0] > 0, test.labels[rows][:, selfmis.STATEMENTS.index("NORM")] > 0
+        cells = []
+        for chosen in (infarct | normal, infarct | True):
+            auc, draws = train_probe.mean_auc([logits[chosen]], infarct[chosen, None], test.folds[rows][chosen], test.patients[rows][chosen])
+            low, high = selfmis.interval(draws[:, 0])
+            cells.append(cell(dict(auc=auc[0], low=low, high=high, positives=infarct[chosen].sum(), negatives=(~infarct[chosen]).sum())))
+        print(f"| mean beat, {name} | {' | '.join(cells)} |")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="PTB-XL")
@@ -204,3 +263,4 @@ if __name__ == "__main__":
     table(arguments.out)
     few_labels(arguments.out)
     choice(arguments.out)
+    synthetic_only(arguments.out, arguments.data, int(arguments.val_fold), int(arguments.test_fold))
