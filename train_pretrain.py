@@ -213,7 +213,7 @@ def all_targets(targets: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int]
 def read_losses(unread: list, pairs: Pairs, progress: dict, ranks: Ranks) -> list[float]:
     """The losses of the last steps, averaged over processes; one that is not finite ends the run before anything is saved."""
     losses = torch.stack([loss for _, loss in unread])
-    mine = losses.cpu()
+    mine = torch.isfinite(losses).cpu()
     if ranks.world > 1:
         dist.all_reduce(losses)
         losses /= ranks.world
@@ -221,11 +221,11 @@ def read_losses(unread: list, pairs: Pairs, progress: dict, ranks: Ranks) -> lis
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).nonzero()[0])
         step = progress["step"] - len(unread) + bad + 1
-        rows = unread[bad][0] if not torch.isfinite(mine[bad]) else []
+        rows = [] if mine[bad] else unread[bad][0]
         names = ", ".join(pairs.dataset.records.name(row) for row in rows[:3])
         raise FloatingPointError(
             f"the loss is {float(losses[bad])} at epoch {progress['epoch'] + 1}, step {step}"
-            f"{f' (records {names} ...)' if names else ''}; last.pt is from before: lower --lr, add --warmup, or give --amp off, and --resume"
+            f"{f' (records {names} ...)' if names else ''}; last.pt is from before: start again with --overwrite and a lower --lr, a longer --warmup or --amp off"
         )
     return losses.tolist()
 

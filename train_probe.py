@@ -5,7 +5,7 @@
     python train_probe.py --data ptb-xl --finetune --lead all --out runs/teacher         # a supervised 12-lead network
 
 Trains on all folds but two, chooses on the validation fold, and touches the test fold once, at the end.  Writes
-OUT/probe.pt, results.json, results.md, roc.png, predictions.npz and config.json; with --finetune best.pt and last.pt too.
+OUT/probe.pt (not with --rotate), results.json, results.md, roc.png, predictions.npz and config.json; with --finetune best.pt and last.pt too.
 --fractions 0.25 0.5 1 --seeds 5 is Table 3; --rotate tests on every fold in turn; --compare RUN sets this run beside another.
 """
 
@@ -104,21 +104,7 @@ def main(config: ProbeConfig) -> dict:
 
     y = records.labels.astype(np.float32)
     shown = Shown(encoder, pairs, view, ranks)
-    if config.finetune:
-        content, features = finetune(config, shown, y, split, out, ranks)
-        heads = {"finetune": [Fit(config.seed, config.fractions[0], *content["head"], *(score(features[rows], *content["head"]) for rows in (test, split["val"])))]}
-        features = {"": features}
-    else:
-        rows = np.unique(np.concatenate([part for split in splits for part in split.values()]))
-        features = {"": shown.features(rows)}
-        content = selfmis.encoder_content(encoder, view, encoder.seen)
-        if config.baseline and config.encoder != "random":
-            torch.manual_seed(config.seed)  # the one that --encoder random would test
-            shown.encoder = ResNet1D(**encoder.architecture).to(ranks.device)
-            features[", random encoder"] = shown.features(rows)
-        heads = {}
-        for whose, x in features.items() if ranks.first else ():
-            heads |= {head + whose: fits for head, fits in train_heads(config, x, y, splits, ranks).items()}
+    content, heads = finetune(config, shown, y, split, out, ranks) if config.finetune else probe_frozen(config, shown, y, splits, ranks)
     ranks.barrier()
     if not ranks.first:
         return {}
@@ -126,34 +112,31 @@ def main(config: ProbeConfig) -> dict:
     results = evaluate(heads, records.labels[test], records.folds[test], records.patient_keys()[test])
     results |= dict(config=dataclasses.asdict(config), cost=shown.cost(), minutes=(time.time() - started) / 60)
     first = next(iter(heads))
+    chosen, *others = at_full(heads[first])  # the head that detects and is drawn
+    own = results
+    if others:
+        own = summarize(*mean_auc([chosen.logits], records.labels[test], records.folds[test], records.patient_keys()[test]), records.labels[test])
     if not config.rotate:
-        fit = at_full(heads[first])[0]
-        temperature, points = calibrate(fit.validation, records.labels[split["val"]])
-        results["reliability"] = reliability(fit.logits, records.labels[test], temperature)
-        content |= dict(kind="probe", head=(fit.weight, fit.bias), classes=list(STATEMENTS), temperature=temperature, points=points)
-        labelled = split["train"] if config.finetune else part_of(split["train"], fit.fraction, fit.seed)
-        content |= dict(positives=torch.from_numpy(records.labels[split["val"]].sum(0, dtype=int)), head_seen=selfmis.data_seen(records[labelled], labels=True))
-        content |= dict(results={name: selfmis.nan_to_none(results[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"], config=results["config"])
-        selfmis.save(out / "probe.pt", content | selfmis.environment())
-    stacked = lambda part: {name.replace(", ", "_").replace(" ", "_"): np.stack([getattr(fit, part) for fit in at_full(fits)]).astype(np.float32) for name, fits in heads.items()}
-    arrays = {"logits_" + name: logits for name, logits in stacked("logits").items()}
-    arrays |= dict(labels=records.labels[test], fold=records.folds[test], patient=records.patients[test], record=np.array([records.name(i) for i in test]))
-    if not config.rotate:  # what settings may be chosen by
-        arrays |= {"validation_logits_" + name: logits for name, logits in stacked("validation").items()}
-        arrays |= dict(validation_labels=records.labels[split["val"]], validation_patient=records.patients[split["val"]])
-    selfmis.write_atomically(out / "predictions.npz", lambda file: np.savez_compressed(file, logits=arrays[next(iter(arrays))][0], **arrays))
+        labelled = split["train"] if config.finetune else part_of(split["train"], chosen.fraction, chosen.seed)
+        detector = as_detector(chosen, records.labels[split["val"]]) | dict(head_seen=selfmis.data_seen(records[labelled], labels=True))
+        results["reliability"] = reliability(chosen.logits, records.labels[test], detector["temperature"])
+        said = dict(results={name: selfmis.nan_to_none(own[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"])
+        selfmis.save(out / "probe.pt", content | detector | said | dict(kind="probe", config=results["config"]) | selfmis.environment())
+    save_predictions(out / "predictions.npz", heads, records, test, None if config.rotate else split["val"])
+    draw_roc(out / "roc.png", within_folds(chosen.logits, records.folds[test]), records.labels[test], own)
     table = as_table(results)
     if len(config.fractions) > 1:
         table += f"\n\nAUC by share of the training labels, mean ± standard deviation over {config.seeds} seed(s)\n{as_fractions(results['runs'])}"
     folds = f"fold {config.test_fold}" if not config.rotate else "each fold in turn"
     (out / "results.md").write_text(f"{config.encoder}, lead {view.lead}, {view.sample_rate_hz:g} Hz, tested on {folds}\n\n{table}\n")
-    draw_roc(out / "roc.png", within_folds(at_full(heads[first])[0].logits, records.folds[test]), records.labels[test], results)
-    ranks.print(f"\nAUC on {folds}, {len(test):,} records of {len(np.unique(records.patient_keys()[test])):,} patients; in brackets the 95 % bootstrap interval by patient\n{table}")
-    selfmis.write_json(out / "results.json", results)  # last: with it the run is finished
+    selfmis.write_json(out / "results.json", results)  # with it the run is finished
+    patients = len(np.unique(records.patient_keys()[test]))
+    print(f"\nAUC on {folds}, {len(test):,} records of {patients:,} patients; in brackets the 95 % bootstrap interval by patient\n{table}")
     compare(out, config.compare)
     if "reliability" in results:
-        print("calibration of the nine types ({} head, one temperature from the validation fold): ".format(first) + ", ".join(f"{name} {value:.4f}" for name, value in results["reliability"].items()))
-    ranks.print(f"{shown.said()}\n{results['minutes']:.1f} min; written to {out}")
+        said = ", ".join(f"{name} {value:.4f}" for name, value in results["reliability"].items())
+        print(f"calibration of the nine types ({first} head, one temperature from the validation fold): {said}")
+    print(f"cost: {selfmis.say_cost(results['cost'])} embedded\n{results['minutes']:.1f} min; written to {out}", flush=True)
     return results
 
 
@@ -168,6 +151,8 @@ def check_flags(config: ProbeConfig) -> None:
     kinds = {data.startswith("synthetic:") for data in config.data}
     if config.synthetic_only and (len(kinds) < 2 or config.rotate):
         raise ValueError("--synthetic-only: give real and synthetic --data, e.g. --data synthetic:15000 --data ptb-xl, and no --rotate")
+    if config.rotate and len(kinds) > 1:
+        raise ValueError("--rotate: synthetic records beside real ones would be tested too; leave one of them out")
     if config.finetune and (config.seeds > 1 or config.baseline or config.rotate or len(config.fractions) > 1):
         raise ValueError("--finetune trains one network: repeat it with another --seed, --fractions and --out instead of --seeds, --baseline, --rotate or several fractions")
 
@@ -212,14 +197,14 @@ def describe(config: ProbeConfig, records: Records, split: dict, unlabelled: int
 
 def warn_if_seen(seen: list[dict], records: Records, test: np.ndarray, config: ProbeConfig, ranks: Ranks) -> None:
     """Training data of the encoder or its teacher among the test records; after labels of these data no rotation."""
-    tested = set(np.unique(records.folds[test]).tolist())
-    for kind, _ in records.sources:
+    for tested in selfmis.data_seen(records[test], labels=True):
         for entry in seen:
-            folds = sorted(tested & set(entry.get("folds", range(1, 11)))) if entry["data"] == kind else []
+            folds = sorted(set(tested.get("folds", ())) & set(entry.get("folds", range(1, 11)))) if entry["data"] == tested["data"] else []
+            where = f"fold {', '.join(map(str, folds))} of {tested['data']}"
             if config.rotate and folds and entry["labels"]:
-                raise ValueError(f"--rotate: {config.encoder} or its teacher was trained with labels of {kind}, folds {', '.join(map(str, folds))}, so they cannot test it; leave --rotate out")
+                raise ValueError(f"--rotate: {config.encoder} or its teacher was trained with labels of {where}, so it cannot be tested there; leave --rotate out")
             if folds:
-                ranks.print(f"warning: the encoder or its teacher was trained on fold {', '.join(map(str, folds))} of {kind} {'with' if entry['labels'] else 'without'} labels; the test is not clean")
+                ranks.print(f"warning: the encoder or its teacher was trained on {where} {'with' if entry['labels'] else 'without'} labels; the test is not clean")
 
 
 class Shown:
@@ -248,9 +233,6 @@ class Shown:
         """Table 4: what one record asks of the encoder, and this run of the machine."""
         return selfmis.cost([self.encoder], self.view, self.ranks.device) | dict(records_per_second=self.records_per_second)
 
-    def said(self) -> str:
-        return "cost: " + selfmis.say_cost(self.cost()) + " embedded"
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Heads on frozen features
@@ -271,6 +253,21 @@ class Fit(NamedTuple):
 def at_full(fits: list[Fit]) -> list[Fit]:
     """Those with the most labels, which the results are about."""
     return [fit for fit in fits if fit.fraction == max(fit.fraction for fit in fits)]
+
+
+def probe_frozen(config: ProbeConfig, shown: Shown, y: np.ndarray, splits: list[dict], ranks: Ranks) -> tuple[dict, dict[str, list[Fit]]]:
+    """(the encoder's part of a checkpoint, every head of it and with --baseline of a random encoder; none but in the first process)."""
+    rows = np.unique(np.concatenate([part for split in splits for part in split.values()]))
+    features = {"": shown.features(rows)}
+    content = selfmis.encoder_content(shown.encoder, shown.view, shown.encoder.seen)
+    if config.baseline and config.encoder != "random":
+        torch.manual_seed(config.seed)  # of the same architecture
+        shown.encoder = ResNet1D(**shown.encoder.architecture).to(ranks.device)
+        features[", random encoder"] = shown.features(rows)
+    heads = {}
+    for whose, x in features.items() if ranks.first else ():
+        heads |= {head + whose: fits for head, fits in train_heads(config, x, y, splits, ranks).items()}
+    return content, heads
 
 
 def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits: list[dict], ranks: Ranks) -> dict[str, list[Fit]]:
@@ -416,8 +413,8 @@ class Classifier(nn.Module):
         return self.head(self.encoder(x))
 
 
-def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out: Path, ranks: Ranks):
-    """Supervised training of encoder and head with Table 8's recipe: the best epoch's content of a checkpoint, and its features of val and test.
+def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out: Path, ranks: Ranks) -> tuple[dict, dict[str, list[Fit]]]:
+    """Supervised training of encoder and head with Table 8's recipe and Table 7's clipping; (the best epoch's part of a checkpoint, its head).
 
     best.pt is the epoch of the best validation macro AUC.
     """
@@ -435,7 +432,8 @@ def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out:
     ddp = selfmis.distribute(model, config, ranks)
     shown.pairs.make_resident()
     seen = shown.encoder.seen + selfmis.data_seen(shown.pairs.dataset.records[split["train"]], labels=True)
-    content = lambda: selfmis.encoder_content(model.encoder, shown.view, seen) | dict(head=(model.head.weight.detach().cpu().clone(), model.head.bias.detach().cpu().clone()))
+    head = lambda: (model.head.weight.detach().cpu().clone(), model.head.bias.detach().cpu().clone())
+    content = lambda: selfmis.encoder_content(model.encoder, shown.view, seen) | dict(kind="finetune", head=head(), config=dataclasses.asdict(config))
     train, W = split["train"], ranks.world
     steps = len(selfmis.epoch_batches(train, config, 0, ranks))
     target = torch.from_numpy(y)
@@ -457,7 +455,7 @@ def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out:
             losses.append(loss.detach())
         loss = float(np.mean(ranks.gather_objects(float(torch.stack(losses).mean()))))
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in epoch {epoch + 1}; last.pt is from before: lower --lr, or give --amp off, and --resume")
+            raise FloatingPointError(f"the loss is {loss} in epoch {epoch + 1}; last.pt is from before: start again with --overwrite and a lower --lr or --amp off")
         rate = steps * config.batch_size * W / (time.time() - started)
         features = torch.from_numpy(shown.features(split["val"])[split["val"]])
         with torch.no_grad():
@@ -468,13 +466,16 @@ def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out:
         if ranks.first:
             if improved:
                 best = content()
-                selfmis.save(out / "best.pt", best | dict(kind="finetune", classes=list(STATEMENTS), metrics=dict(val_macro_auc=auc), config=dataclasses.asdict(config), **selfmis.environment()))
-            selfmis.save(out / "last.pt", content() | progress | dict(kind="finetune", model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), world=W, amp=amp, config=dataclasses.asdict(config)))
+                selfmis.save(out / "best.pt", best | dict(classes=list(STATEMENTS), metrics=dict(val_macro_auc=auc), **selfmis.environment()))
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), world=W, amp=amp)
+            selfmis.save(out / "last.pt", content() | progress | state)
             selfmis.append_json(out / "log.jsonl", **entry)
             print(f"epoch {epoch + 1}/{config.epochs} | train loss {loss:.4f} | macro AUC {auc:.4f} on the validation fold | {rate:,.0f} ECG/s", flush=True)
     weights = ranks.gather_objects(best)[0]  # every process scores its share of the test fold with the best epoch
     selfmis.load_strictly(model.encoder, weights["encoder"], out / "best.pt")
-    return weights, shown.features(np.concatenate([split["val"], split["test"]]))
+    features = shown.features(np.concatenate([split["val"], split["test"]]))
+    logits = (score(features[split[part]], *weights["head"]) for part in ("test", "val"))
+    return weights, {"finetune": [Fit(config.seed, config.fractions[0], *weights["head"], *logits)]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -555,6 +556,13 @@ def calibrate(logits: np.ndarray, y: np.ndarray) -> tuple[float, dict[str, torch
     return temperature, points
 
 
+def as_detector(fit: Fit, y: np.ndarray) -> dict:
+    """The part of probe.pt that `load_detector` reads beside the encoder; y: labels of the validation fold."""
+    temperature, points = calibrate(fit.validation, y)
+    positives = torch.from_numpy(y.sum(0, dtype=int))
+    return dict(head=(fit.weight, fit.bias), classes=list(STATEMENTS), temperature=temperature, points=points, positives=positives)
+
+
 def reliability(logits: np.ndarray, y: np.ndarray, temperature: float) -> dict[str, float]:
     """Means over the nine types on the test fold: Brier score, and expected calibration error over ten bins of equal size."""
     nine = columns("nine")
@@ -563,6 +571,20 @@ def reliability(logits: np.ndarray, y: np.ndarray, temperature: float) -> dict[s
         bins = np.array_split(np.argsort(p[:, k], kind="stable"), 10)
         errors.append(sum(len(rows) * abs(p[rows, k].mean() - hits[rows, k].mean()) for rows in bins if len(rows)) / len(p))
     return dict(temperature=temperature, ece=float(np.mean(errors)), brier=float(np.square(p - hits).mean()))
+
+
+def save_predictions(path: Path, heads: dict[str, list[Fit]], records: Records, test: np.ndarray, val: np.ndarray | None) -> None:
+    """predictions.npz: logits (seeds, N, 44) of each head, and of the first as plain `logits`; the validation fold's too, as settings may be chosen by them."""
+    arrays = dict(labels=records.labels[test], fold=records.folds[test], patient=records.patients[test], record=np.array([records.name(i) for i in test]))
+    if val is not None:
+        arrays |= dict(validation_labels=records.labels[val], validation_patient=records.patients[val])
+    for head, fits in heads.items():
+        name = head.replace(", ", "_").replace(" ", "_")
+        arrays[f"logits_{name}"] = np.stack([fit.logits for fit in at_full(fits)]).astype(np.float32)
+        if val is not None:
+            arrays[f"validation_logits_{name}"] = np.stack([fit.validation for fit in at_full(fits)]).astype(np.float32)
+    arrays["logits"] = next(value for name, value in arrays.items() if name.startswith("logits_"))[0]
+    selfmis.write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def read_predictions(folder: Path, labels: np.ndarray, folds: np.ndarray, patients: np.ndarray) -> dict:

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, made_up, run, write_record
+from conftest import HERE, TINY, made_up, run, write_record
 
 import selfmis
 from selfmis import load_ecgfounder, load_encoder, read_ecg
@@ -107,6 +109,20 @@ def test_wrong_empty_and_strange_roots(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_a_part_of_a_collection_or_its_parent_has_no_folds_and_is_refused(tmp_path, ptbxl, mimic):
+    for data in (ptbxl.parent, ptbxl / "records100", mimic / "files"):
+        with pytest.raises(ValueError, match="give the folder of its ptbxl_database.csv or record_list.csv"):
+            selfmis.find_records(str(data), sample_rate_hz=100)
+
+
+def test_an_error_in_a_process_that_reads_is_one_sentence_too(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import selfmis, torch; from train_pretrain import PretrainConfig\n"
+    code += "loader = torch.utils.data.DataLoader(range(3), num_workers=1, collate_fn=lambda items: selfmis.read_ecg('nobody'))\n"
+    code += "selfmis.run_script(lambda config: list(loader), PretrainConfig, '')"
+    done = subprocess.run([sys.executable, "-c", code, str(HERE)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (2, "error: nobody.hea: there is no such header file\n")
+
+
 def test_csv_without_its_columns_or_rows(tmp_path):
     (tmp_path / "record_list.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no column path, subject_id; it has a, b"):
@@ -168,6 +184,8 @@ def test_encoders_that_do_not_fit(tmp_path, ptbxl, tiny):
     (["--test-fold", "9"], "two different folds"),
     (["--batch-size", "-4"], "--batch-size -4"),
     (["--resume", "--overwrite"], "choose one"),
+    (["--seed", "-1"], "--seed -1: expected 0 or more"),
+    (["--warmup", "-5"], "--warmup -5: expected 0 or more"),
 ])  # fmt: skip
 def test_flags(arguments, said, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -1,6 +1,7 @@
 """Signals, record lists, pairs and the pass over the records."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,7 +129,9 @@ def test_the_three_layouts_and_a_list_of_paths_give_the_same_pairs(tmp_path, ecg
     assert len(np.unique(records.patients)) == 24
     want, _ = made_up(48, seed=5)
     np.testing.assert_allclose(records.read(7, LEADS, 100), want[7], atol=0.006)  # 5 uV steps
-    folder = find_records(str(mimic / "files"), sample_rate_hz=100)  # any folder, recursive
+    (tmp_path / "somebody/else").mkdir(parents=True)
+    shutil.copytree(mimic / "files", tmp_path / "somebody/else/files")
+    folder = find_records(str(tmp_path / "somebody"), sample_rate_hz=100)  # any folder, recursive
     assert folder.sources[0][0] == "wfdb" and len(folder) == 48
     paths = [records.name(i) for i in range(3)]
     for i in range(3):
@@ -272,9 +275,13 @@ def test_a_full_disk_is_an_error_before_and_while_caching(tmp_path, ptbxl, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="cache cannot be written .No space left on device.: free space, or give another --cache"):
         read_pairs(Settings(tmp_path), records, VIEW, ALONE, "x")
     monkeypatch.undo()
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at, real=os.pwrite: real(file, data[:700], at))  # nearly full: less than asked
+    short = read_pairs(Settings(tmp_path / "short"), records[:3], VIEW, ALONE, "x")
+    monkeypatch.undo()
+    assert np.array_equal(short.signals, read_pairs(Settings(tmp_path / "whole"), records[:3], VIEW, ALONE, "x").signals)
     assert len(read_pairs(Settings(tmp_path), records, VIEW, ALONE, "x").usable) == 80
 
 

@@ -104,6 +104,7 @@ def test_files_and_their_fields(probed):
     content, y = torch.load(probed / "probe.pt", weights_only=True), saved["validation_labels"]
     threshold, sensitivity, _ = content["points"]["youden"][selfmis.STATEMENTS.index("IMI")].tolist()
     p = 1 / (1 + np.exp(-saved["validation_logits_adam"][0, :, selfmis.STATEMENTS.index("IMI")] / content["temperature"]))
+    assert content["results"]["types"]["IMI"]["auc"] == results["runs"][0]["types"]["IMI"]  # of the head that is in it, not the mean over seeds
     assert y.sum(0).tolist() == content["positives"].tolist() and sensitivity == np.mean(p[y[:, selfmis.STATEMENTS.index("IMI")] == 1] >= threshold)
 
 
@@ -287,11 +288,22 @@ def test_rotation_is_refused_after_labels_of_these_data(tmp_path, ptbxl, tiny, l
     torch.save(content, tmp_path / "seen.pt")
     config = ProbeConfig(data=[str(ptbxl)], encoder=str(tmp_path / "seen.pt"), rotate=True, head="adam", epochs=1, out=str(tmp_path / "out"), workers=0)
     if refused:
-        with pytest.raises(ValueError, match="--rotate: .* trained with labels of ptb-xl, folds 1, 2"):
+        with pytest.raises(ValueError, match="--rotate: .* trained with labels of fold 1, 2 of ptb-xl"):
             main(config)
     else:
         main(config)
         assert "trained on fold 1, 2 of ptb-xl without labels" in capsys.readouterr().out
+
+
+def test_rotation_and_synthetic_records(tmp_path, ptbxl, tiny):
+    """Synthetic records are never tested beside real ones, nor after training on their labels."""
+    config = ProbeConfig(data=[str(ptbxl), "synthetic:40"], encoder=tiny[1], rotate=True, out=str(tmp_path / "out"), workers=0)
+    with pytest.raises(ValueError, match="--rotate: synthetic records beside real ones would be tested too"):
+        main(config)
+    content = torch.load(tiny[1], weights_only=True) | dict(seen=[{"data": "synthetic:2", "folds": [3], "labels": True}])
+    torch.save(content, tmp_path / "seen.pt")
+    with pytest.raises(ValueError, match="--rotate: .* trained with labels of fold 3 of synthetic:2"):
+        main(dataclasses.replace(config, data=["synthetic:400"], encoder=str(tmp_path / "seen.pt")))
 
 
 def test_comparison_is_the_paired_difference(tmp_path, probed, ptbxl, tiny, capsys):

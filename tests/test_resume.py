@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from conftest import HERE, run
 
 import selfmis
+import train_pretrain
 from train_pretrain import PretrainConfig
 from train_pretrain import main as pretrain
 from train_probe import ProbeConfig
@@ -173,12 +175,42 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(tm
         return real(self, *arguments, **more) * (float("nan") if len(count) == 7 else 1)  # 4 steps + 1 validation batch, then step 2
 
     monkeypatch.setattr(selfmis.SelfMIS, "compare", compare)
-    with pytest.raises(FloatingPointError, match=r"nan at epoch 2, step 2 \(records .*_lr"):
+    with pytest.raises(FloatingPointError, match=r"nan at epoch 2, step 2 \(records .*_lr.*--overwrite and a lower --lr"):
         pretrain(settings(tmp_path, ptbxl, tiny))
     monkeypatch.undo()
     assert torch.load(tmp_path / "out/last.pt", weights_only=True)["epoch"] == 1
     pretrain(settings(tmp_path, ptbxl, tiny, resume=True))
     assert same(state(tmp_path, "out"), state(tmp_path, "good"))
+
+
+def test_the_records_of_a_loss_that_is_not_finite_are_named_by_their_own_process_only(monkeypatch):
+    """What the others sent makes the mean NaN as well."""
+    monkeypatch.setattr(train_pretrain.dist, "all_reduce", lambda losses: losses.fill_(float("nan")))
+    pairs = SimpleNamespace(dataset=SimpleNamespace(records=SimpleNamespace(name="record {}".format)))
+    for mine, said in ((1.0, r"step 1; last.pt"), (float("inf"), r"step 1 \(records record 7 ...\); last.pt")):
+        with pytest.raises(FloatingPointError, match=said):
+            train_pretrain.read_losses([([7], torch.tensor(mine))], pairs, dict(step=1, epoch=0), selfmis.Ranks(1, 2, 1, 2, torch.device("cpu")))
+
+
+def test_a_run_goes_on_under_another_name_of_its_precision_but_not_under_another(tmp_path, ptbxl, tiny):
+    """On a CPU auto is off."""
+    pretrain(settings(tmp_path, ptbxl, tiny, epochs=1))
+    pretrain(settings(tmp_path, ptbxl, tiny, epochs=1, resume=True, amp="off"))
+    last = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    torch.save(last | dict(amp="bf16", epoch=0), tmp_path / "out/last.pt")
+    with pytest.raises(ValueError, match="started with --amp bf16, here it would be off; give --amp bf16"):
+        pretrain(settings(tmp_path, ptbxl, tiny, epochs=1, resume=True))
+    pretrain(settings(tmp_path, ptbxl, tiny, epochs=1, resume=True, amp="bf16"))
+
+
+def test_a_restart_by_torchrun_does_not_let_in_what_was_refused(tmp_path, ptbxl, tiny):
+    pretrain(settings(tmp_path, ptbxl, tiny, epochs=1))
+    before = (tmp_path / "out/last.pt").read_bytes()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1", str(HERE / "train_pretrain.py")]
+    command += ["--data", str(ptbxl), "--single", tiny[1], "--multi", tiny[12], "--epochs", "1", "--batch-size", "8", "--lr", "0.01", "--loss", "learnable", "--workers", "0", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150)
+    assert done.returncode != 0 and "holds a run already" in done.stderr and "finished already" not in done.stdout
+    assert (tmp_path / "out/last.pt").read_bytes() == before
 
 
 def test_torchrun_restarts_a_worker_that_died_and_the_run_recovers(tmp_path, whole, ptbxl, tiny):
