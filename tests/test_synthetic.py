@@ -354,10 +354,10 @@ def test_class_medians_against_ptbxl(records):
     off, total = [], 0
     for name in MI_TYPES:
         other = set(MI_TYPES) - front if name in front else front
-        real = real_features(records, lambda codes: codes.get(name, 0) >= 50 and not other & set(codes), range(1, 10), 250)
+        real = real_features(records, lambda codes: codes.get(name, 0) >= 50 and not other & set(codes), range(1, 10), None)
         if len(real) < 100:
             continue
-        a, b = np.median(real, 0), np.median(synthetic_features(name, 200), 0)
+        a, b = np.median(real, 0), np.median(synthetic_features(name, 1000), 0)  # some are bimodal: fewer records move them
         outside = np.abs(a - b) > np.maximum(.25 * np.abs(a), .1)
         total += a.size
         off += [f"{name} {LEADS[l]} {FEATURES[f]}: real {a[l, f]:+.2f}, synthetic {b[l, f]:+.2f} mV" for l, f in zip(*np.nonzero(outside))]
