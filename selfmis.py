@@ -448,7 +448,8 @@ def as_records(kind, root, paths, patients=None, folds=None, labels=None) -> Rec
     n = len(paths)
     patients = -1 - np.arange(n) if patients is None else patients
     folds = np.zeros(n) if folds is None else folds
-    return Records(((kind, root),), np.zeros(n, np.int16), np.array([os.fsencode(path) for path in paths], "S"), np.asarray(patients, np.int64), np.asarray(folds, np.int8), labels)
+    paths = np.array([os.fsencode(path) for path in paths], "S")
+    return Records(((kind, root),), np.zeros(n, np.int16), paths, np.asarray(patients, np.int64), np.asarray(folds, np.int8), labels)
 
 
 def read_table(path: Path, *columns: str):
@@ -562,7 +563,8 @@ def pair_logits(single, multi, scale, normalize: bool, first: int) -> torch.Tens
     """scale * similarity of every S with every M, (B, N), in float32 at least: half precision costs 3e-3 of the loss."""
     B, N = len(single), len(multi)
     if single.ndim != 2 or multi.ndim != 2 or single.shape[1] != multi.shape[1] or not 0 <= first <= N - B or not B:
-        raise ValueError(f"embeddings of shape {tuple(single.shape)} and {tuple(multi.shape)}: expected (B, D) and (N, D) with N >= B > 0 and partners from column {first}")
+        shapes = f"{tuple(single.shape)} and {tuple(multi.shape)}"
+        raise ValueError(f"embeddings of shape {shapes}: expected (B, D) and (N, D) with N >= B > 0 and partners from column {first}")
     dtype = torch.promote_types(torch.promote_types(single.dtype, multi.dtype), torch.float32)
     single, multi = single.to(dtype), multi.detach().to(dtype)  # f_m is frozen: stopgrad of Eq. (2)
     if normalize:
@@ -570,7 +572,15 @@ def pair_logits(single, multi, scale, normalize: bool, first: int) -> torch.Tens
     return scale * (single @ multi.T)
 
 
-def siglip_loss(single: torch.Tensor, multi: torch.Tensor, *, scale: float | torch.Tensor = 1 / 0.07, bias: float | torch.Tensor = 0.0, normalize: bool = True, first: int = 0) -> torch.Tensor:
+def siglip_loss(
+    single: torch.Tensor,
+    multi: torch.Tensor,
+    *,
+    scale: float | torch.Tensor = 1 / 0.07,
+    bias: float | torch.Tensor = 0.0,
+    normalize: bool = True,
+    first: int = 0,
+) -> torch.Tensor:
     """Eq. (3): every pair of the batch is a yes-or-no question, summed over each row, averaged over rows.  A scalar.
 
     single: (B, D) embeddings of lead I.  multi: (N, D), N >= B, embeddings of twelve leads; record i's partner is row
@@ -681,7 +691,7 @@ def macro_auc(y: np.typing.ArrayLike, score: np.typing.ArrayLike) -> tuple[float
     return (float(np.nanmean(each)) if np.isfinite(each).any() else math.nan), each
 
 
-def bootstrap_auc(y: np.typing.ArrayLike, score: np.typing.ArrayLike, groups: np.typing.ArrayLike | None = None, draws: int = 1000, seed: int = 0) -> np.ndarray:
+def bootstrap_auc(y: np.typing.ArrayLike, score: np.typing.ArrayLike, groups=None, draws: int = 1000, seed: int = 0) -> np.ndarray:
     """AUC of every class in `draws` resamples of whole groups (patients), (draws, K); NaN for an absent class.
 
     A draw without a positive or a negative of a present class is drawn again.  Which rows are drawn depends on
@@ -1194,8 +1204,8 @@ class Detector:
     windows left out; 2.5 to 10 s are padded as in `preprocess`.  ValueError: another shape, too short, flat throughout.
 
     Attributes: leads, sample_rate_hz, preprocessing; points {name: {type: (threshold, sensitivity, specificity)}} on the
-    validation fold, the threshold NaN where the type is absent there or sensitivity + specificity is below 1.1, where a guess
-    has 1; positives {type: how many of it the validation fold has}; content, the whole checkpoint.
+    validation fold, the threshold NaN where the type has fewer than 10 cases there or sensitivity + specificity is below 1.1,
+    where a guess has 1; positives {type: how many cases the validation fold has}; content, the whole checkpoint.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -1206,10 +1216,12 @@ class Detector:
         self.leads = LEADS if encoder.lead == "all" else (encoder.lead,)
         self.sample_rate_hz, self.preprocessing = encoder.sample_rate_hz, encoder.preprocessing
         self.answer = Answer(encoder, content).eval()
-        self.points = {name: {t: point[content["classes"].index(t)].tolist() for t in MI_TYPES} for name, point in content["points"].items()}
+        column = {t: content["classes"].index(t) for t in MI_TYPES}
+        self.positives = {t: int(content["positives"][column[t]]) for t in MI_TYPES}
+        self.points = {name: {t: tuple(point[column[t]].tolist()) for t in MI_TYPES} for name, point in content["points"].items()}
         for point in self.points.values():
-            point.update({t: (threshold if a + b >= 1.1 else math.nan, a, b) for t, (threshold, a, b) in point.items()})
-        self.positives = {t: int(content["positives"][content["classes"].index(t)]) for t in MI_TYPES}
+            useless = [t for t, (_, a, b) in point.items() if not a + b >= 1.1 or self.positives[t] < 10]
+            point.update({t: (math.nan, *point[t][1:]) for t in useless})
 
     @torch.no_grad()
     def __call__(self, ecg: np.typing.ArrayLike, sample_rate_hz: float) -> dict:
@@ -1249,7 +1261,9 @@ TIME = re.compile(r"(?i)time|zeit|elapsed|stamp")
 TIME_UNIT = re.compile(r"(?i)(?<![a-z])(min|[nuµμm]s)")
 
 
-def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate_hz: float | None = None, unit: str | None = None, column: str | None = None):
+def read_recording(
+    path: str | os.PathLike, leads: Sequence[str], *, sample_rate_hz: float | None = None, unit: str | None = None, column: str | None = None
+) -> tuple[np.ndarray, float, list[str]]:
     """((L, T) float64 in mV, sample rate in Hz, warnings) of a WFDB record, a .npy array or a table in text.
 
     .npy: (T,), (L, T) or (T, L), twelve leads in the order of LEADS.  Text (.csv, .tsv, .txt): a line for each sample, above
@@ -1286,7 +1300,8 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
             chosen = [names.index(column) if column in names else int(column) - 1 if column.isdigit() else -1]
         if not all(0 <= c < n for c in chosen):
             remedy = "give --column NAME or its number" if len(leads) == 1 else "name the columns I, II, ..."
-            raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {n} ({', '.join(filter(None, names or found)) or 'without names'}); {remedy}")
+            there = ", ".join(filter(None, names or found)) or "without names"
+            raise ValueError(f"{path}: no column for lead {', '.join(leads)} among {n} ({there}); {remedy}")
         stated = (UNIT.search(names[chosen[0]]) if names else None) or UNIT.search(header)
         unit = unit or (stated[stated.lastindex] if stated else "mV")
         if unit.lower() not in MILLIVOLTS:
@@ -1297,9 +1312,11 @@ def read_recording(path: str | os.PathLike, leads: Sequence[str], *, sample_rate
     rates = {source: rates[source] for source in ("--sample-rate", "header", "time column") if rates.get(source)}
     source, rate = next(iter(rates.items()), ("", 0))
     if not 20 <= rate <= 100_000:
-        raise ValueError(f"{path}: {f'{rate:g} Hz by the {source} is no sample rate of an ECG' if rates else 'its sample rate is not known'}; give --sample-rate")
+        reason = f"{rate:g} Hz by the {source} is no sample rate of an ECG" if rates else "its sample rate is not known"
+        raise ValueError(f"{path}: {reason}; give --sample-rate")
     if any(abs(other / rate - 1) > 0.01 for other in rates.values()):
-        said.append(f"contradicting sample rates ({', '.join(f'{r:g} Hz by the {source}' for source, r in rates.items())}); {rate:g} Hz is used")
+        stated = ", ".join(f"{other:g} Hz by the {source}" for source, other in rates.items())
+        said.append(f"contradicting sample rates ({stated}); {rate:g} Hz is used")
     if missing := (~np.isfinite(ecg)).sum():
         said.append(f"{missing:,} of {ecg.size:,} samples are missing, and are taken as 0 mV")
     return fill(ecg), rate, said
@@ -1375,10 +1392,12 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads: Sequence[str]
         elif (x == x.max()).mean() + (x == x.min()).mean() > 0.02:
             said.append(f"lead {lead} is cut off at {x.min():.2f} or {x.max():.2f} mV: the amplifier was saturated")
         if high - low > 10 or 0 < high - low < 0.05:
-            said.append(f"lead {lead} spans {high - low:.3g} mV: {'are these microvolts? give --unit uV' if high > low + 10 else 'is the unit right? give --unit'}")
+            remedy = "are these microvolts? give --unit uV" if high > low + 10 else "is the unit right? give --unit"
+            said.append(f"lead {lead} spans {high - low:.3g} mV: {remedy}")
         if (peak := np.abs(x - np.median(x)).max()) > 5 * (high - low) > 0:
             said.append(f"lead {lead} has a spike of {peak:.3g} mV: is that a mark or a missing sample? remove it")
-        noise = 1.48 * np.median(np.abs(x - smooth(x, 2 * round(0.025 * sample_rate_hz) + 1)))  # of a beat only the QRS complex is as fast, and too short to count
+        fast = x - smooth(x, 2 * round(0.025 * sample_rate_hz) + 1)
+        noise = 1.48 * np.median(np.abs(fast))  # of a beat only the QRS complex is as fast, and that is too short to count
         if high > low and noise > 0.08 * (high - low):
             said.append(f"lead {lead} is noisy: {1000 * noise:.0f} uV of noise in {high - low:.2f} mV")
         if lead == "I" and len(x) > sample_rate_hz:
@@ -1400,9 +1419,10 @@ def draw_detection(path: str | os.PathLike, ecg: np.ndarray, sample_rate_hz: flo
         part = ecg[row * width : (row + 1) * width]
         axes.plot(25 * np.arange(len(part)) / sample_rate_hz, np.clip(10 * (part - np.median(ecg)), -14, 19) - 30 * row, "k", linewidth=0.8)
     axes.text(0, 23, f"{title}   {shown}25 mm/s, 10 mm/mV   research code, not a medical device".replace("$", r"\$"), fontsize=9)
-    thresholds = [points[t][0] for t in answer]
-    bars = figure.add_axes((0.1, 14 / (tall + 66), 0.86, 48 / (tall + 66)), xlabel="probability", xlim=(0, max(0.1, 1.1 * np.nanmax([*answer.values(), *thresholds]))))
-    bars.barh(list(answer), list(answer.values()), color=["#c0392b" if p >= threshold else "#7f8c8d" for p, threshold in zip(answer.values(), thresholds)])
+    probabilities, thresholds = list(answer.values()), [points[t][0] for t in answer]
+    right = max(0.1, 1.1 * np.nanmax(probabilities + thresholds))
+    bars = figure.add_axes((0.1, 14 / (tall + 66), 0.86, 48 / (tall + 66)), xlabel="probability", xlim=(0, right))
+    bars.barh(list(answer), probabilities, color=["#c0392b" if p >= threshold else "#7f8c8d" for p, threshold in zip(probabilities, thresholds)])
     bars.plot(thresholds, list(answer), "k|", markersize=12, label=f"threshold ({point})")
     bars.invert_yaxis()
     bars.legend(loc="lower right", frameon=False)
@@ -1451,24 +1471,31 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
     if "architecture" not in content:
         return f"{path}\nnot written by selfmis; top level: {', '.join(map(str, content))}"
     config, encoder = content.get("config", {}), stored_encoder(content, path)
-    part = lambda e: f"{e['data']}, {e.get('records', 'unknown')} records {'with' if e['labels'] else 'without'} labels, folds {' '.join(map(str, e.get('folds', '?')))}"
-    seen = lambda entries: "; ".join(map(part, entries)) or "nothing"
+
+    def seen(entries: list[dict]) -> str:
+        folds = lambda e: " ".join(map(str, e.get("folds", "?")))
+        said = [f"{e['data']}, {e.get('records', 'unknown')} records with{'' if e['labels'] else 'out'} labels, folds {folds(e)}" for e in entries]
+        return "; ".join(said) or "nothing"
+
     shown = lambda c, key: "absent" if c[key] is None or c[key] != c[key] else f"{c[key]:.3f} ({c['low']:.3f} to {c['high']:.3f})"
+    made = f"written {content.get('date', 'at an unknown time')} with torch {content.get('torch', '?')}, git {content.get('git') or '?'}"
     lines = [
-        f"{path}: {content.get('kind', 'encoder')}, written {content.get('date', 'at an unknown time')} with torch {content.get('torch', '?')}, git {content.get('git') or '?'}",
+        f"{path}: {content.get('kind', 'encoder')}, {made}",
         f"encoder: {sum(p.numel() for p in encoder.parameters()):,} parameters, {encoder.leads} lead(s) -> {encoder.embedding_dim} dimensions",
         f"input: lead {content['lead']} at {content['sample_rate_hz']:g} Hz, {', '.join(f'{k} {v}' for k, v in (content['preprocessing'] or {}).items())}",
         f"trained on, its teacher included: {seen(content['seen'])}",
     ]
     if "results" in content:
         lines.append(f"head: {len(content['classes'])} statements; its labels: {seen(content['head_seen'])}")
-        lines.append(f"AUC on fold {config['test_fold']}, 95 % interval: " + ", ".join(f"{g} {shown(content['results'][g], 'mean')}" for g in ("nine", "six", "diagnostic")))
+        means = (f"{group} {shown(content['results'][group], 'mean')}" for group in ("nine", "six", "diagnostic"))
+        lines.append(f"AUC on fold {config['test_fold']}, 95 % interval: {', '.join(means)}")
         lines += [f"  {t:<6}{c['positives']:>5} positives  {shown(c, 'auc')}" for t, c in content["results"]["types"].items()]
     for name in ("reliability", "metrics"):
         if name in content:
             lines.append(f"{name}: " + ", ".join(f"{k} {v:.4g}" for k, v in content[name].items()))
     lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in config.items() if value not in (None, False, [], "")))
-    return "\n".join([*lines, "limits: research code, not a medical device; one lead does not show every infarct, and other devices than its training data's were not tested"])
+    lines.append("limits: research code, not a medical device; one lead does not show every infarct, and no other devices than its training data's were tested")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1487,7 +1514,9 @@ class Config:
     """Settings that both scripts share.  None means: follows from the data or the checkpoint, and is printed."""
 
     given = ()  # names of the flags that were typed; no field, so no flag
-    data: list[str] = flag([], "folder of PTB-XL, MIMIC-IV-ECG or any WFDB records, or synthetic:N; repeat it to mix (default: synthetic ECG)", action="append", type=str, metavar="ROOT")
+    data: list[str] = flag(
+        [], "folder of PTB-XL, MIMIC-IV-ECG or any WFDB records, or synthetic:N; repeat it to mix (default: synthetic ECG)", action="append", type=str, metavar="ROOT"
+    )
     limit: int | None = flag(None, "use the first N records of each collection only", type=int, metavar="N")
     out: str = flag("", "folder of the run", metavar="DIR")
     lead: str | None = flag(None, "the single lead (default: the checkpoint's, else I)")
@@ -1829,10 +1858,12 @@ def environment() -> dict:
     import platform
     import subprocess
 
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip() if (here / ".git").exists() and shutil.which("git") else ""
+    here, git = Path(__file__).resolve().parent, None
+    if (here / ".git").exists() and shutil.which("git"):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout.strip() or None
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__, git=git)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(date=time.strftime("%Y-%m-%d"), python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__, git=git or None, gpu=gpu, cores=os.cpu_count())
+    return dict(date=time.strftime("%Y-%m-%d"), **versions, gpu=gpu, cores=os.cpu_count())
 
 
 def demo_settings(config, demo: dict, ranks: Ranks):
@@ -2109,7 +2140,8 @@ def read_pairs(config, records: Records, view: View, ranks: Ranks, what: str, te
     else:
         pairs.usable = np.sort(np.concatenate(ranks.gather_objects(np.array(good, int))))
     if problems:
-        ranks.print(f"{what}: {len(problems):,} of {N:,} records cannot be used and are left out: {'; '.join(problems[:3])}{' ...' if len(problems) > 3 else ''}")
+        some = "; ".join(problems[:3]) + (" ..." if len(problems) > 3 else "")
+        ranks.print(f"{what}: {len(problems):,} of {N:,} records cannot be used and are left out: {some}")
     if not len(pairs.usable):
         raise ValueError(f"{what}: none of {N:,} records can be used; the first: {(problems or ['not said'])[0]}")
     digests = ranks.gather_objects(hashlib.sha256(pairs.usable.tobytes()).hexdigest())
@@ -2176,7 +2208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--sample-rate", type=float, metavar="HZ", help="where the file does not say it, or says it wrong")
     add("--unit", choices=("V", "mV", "uV", "nV"), help="of .npy and text files (default: what a header says, else mV)")
     add("--column", help="name or number (from 1, a time column not counted) of the column in text files")
-    add("--point", choices=("youden", "sensitivity_90"), default="youden", help="threshold: best sensitivity + specificity, or 90 %% sensitivity, on the validation fold (default: youden)")
+    both = "threshold: best sensitivity + specificity, or 90 %% sensitivity, on the validation fold (default: youden)"
+    add("--point", choices=("youden", "sensitivity_90"), default="youden", help=both)
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--picture", metavar="OUT.png", help="draw the strip and the probabilities; one recording only")
     add = command("export", lambda given: print(export_detector(given.probe, given.out)), "write a detector as ONNX or as a torch.export program")
@@ -2234,19 +2267,23 @@ def run_detect(arguments) -> int:
         types = {}
         for t, p in answer.items():
             threshold, sensitivity, specificity = points[t]
-            positive = None if math.isnan(threshold) else p >= threshold
-            types[t] = dict(probability=p, threshold=threshold, sensitivity=sensitivity, specificity=specificity, positive=positive, validation_positives=detector.positives[t])
-        found.append(dict(file=str(path), leads=detector.leads, seconds=ecg.shape[1] / rate, sample_rate_hz=rate, point=arguments.point, warnings=said, types=types))
+            verdict = dict(positive=None if math.isnan(threshold) else p >= threshold, validation_positives=detector.positives[t])
+            types[t] = dict(probability=p, threshold=threshold, sensitivity=sensitivity, specificity=specificity) | verdict
+        seen = dict(leads=detector.leads, seconds=ecg.shape[1] / rate, sample_rate_hz=rate)
+        found.append(dict(file=str(path), **seen, point=arguments.point, warnings=said, types=types))
         if arguments.picture:
             draw_detection(arguments.picture, ecg[0], rate, f"{path.stem}, lead {detector.leads[0]}", answer, points, arguments.point)
         if not arguments.json:
             print(f"\n{path}: {ecg.shape[1] / rate:.1f} s at {rate:g} Hz, lead {' '.join(detector.leads)}")
-            print("".join(f"warning: {text}\n" for text in said) + f"{'':<7}probability  threshold  sensitivity  specificity  verdict ({arguments.point} on the validation fold)")
+            print("".join(f"warning: {text}\n" for text in said), end="")
+            print(f"{'':<7}probability  threshold  sensitivity  specificity  verdict ({arguments.point} on the validation fold)")
             for t, (p, threshold, sensitivity, specificity, positive, n) in zip(types, (entry.values() for entry in types.values())):
-                verdict = {None: "no threshold is better than a guess" if n else "absent from the validation fold", True: "POSITIVE", False: "negative"}[positive]
-                few = f" (threshold from {n} cases)" if 0 < n < 20 and positive is not None else ""
+                none = "no threshold is better than a guess" if n >= 10 else f"too few cases for a threshold ({n})"
+                verdict = {None: none, True: "POSITIVE", False: "negative"}[positive]
+                few = f" (threshold from {n} cases)" if n < 20 and positive is not None else ""
                 print(f"{t:<7}{p:11.4f}{threshold:11.4f}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{few}")
-    print(json.dumps(nan_to_none(found), indent=1) if arguments.json else "\nresearch code, not a medical device: an infarct of today needs an emergency call, not this table")
+    end = "\nresearch code, not a medical device: an infarct of today needs an emergency call, not this table"
+    print(json.dumps(nan_to_none(found), indent=1) if arguments.json else end)
     return failed
 
 

@@ -95,8 +95,9 @@ def main(config: PretrainConfig) -> dict:
         f"teacher: mean pairwise cosine {validator.cone:.2f} (with b = 0, Eq. (3) needs this common direction to turn away from)"
     )
     if ranks.first and not last:
-        counts = dict(training_records=len(train.usable), validation_records=len(val.usable), unusable=dict(training=train.unusable, validation=val.unusable), steps=steps, teacher_cone=validator.cone)
-        selfmis.write_json(out / "config.json", dict(config=dataclasses.asdict(config), view=view._asdict(), **counts, world=W, amp=amp, **selfmis.environment()))
+        counts = dict(training_records=len(train.usable), validation_records=len(val.usable), steps=steps, teacher_cone=validator.cone)
+        counts |= dict(unusable=dict(training=train.unusable, validation=val.unusable), world=W, amp=amp)
+        selfmis.write_json(out / "config.json", dict(config=dataclasses.asdict(config), view=view._asdict(), **counts, **selfmis.environment()))
 
     clock = Clock(config.epochs * steps - progress["epoch"] * steps - progress["step"], B * W)
     while progress["epoch"] < config.epochs:
@@ -122,10 +123,11 @@ def main(config: PretrainConfig) -> dict:
                 progress["losses"] = progress["losses"] + read_losses(unread, train, progress, ranks)
                 unread = []
                 if ranks.first and clock.speak():
-                    at = f"epoch {epoch + 1}/{config.epochs} step {progress['step']:,}/{steps:,} | loss {np.mean(progress['losses'][-LOSSES_AT_ONCE:]):.4f}"
+                    lr, recent = optimizer.param_groups[0]["lr"], np.mean(progress["losses"][-LOSSES_AT_ONCE:])
                     tb = f" | scale {model.log_scale.exp().item():.2f} bias {model.bias.item():.2f}" if config.loss == "learnable" else ""
-                    print(f"{at}{tb} | lr {optimizer.param_groups[0]['lr']:.1e} | {clock}", flush=True)
-                    selfmis.append_json(out / "log.jsonl", epoch=epoch + 1, step=progress["step"], loss=progress["losses"][-1], lr=optimizer.param_groups[0]["lr"])
+                    at = f"epoch {epoch + 1}/{config.epochs} step {progress['step']:,}/{steps:,}"
+                    print(f"{at} | loss {recent:.4f}{tb} | lr {lr:.1e} | {clock}", flush=True)
+                    selfmis.append_json(out / "log.jsonl", epoch=epoch + 1, step=progress["step"], loss=progress["losses"][-1], lr=lr)
                 if ranks.first and progress["step"] < steps and clock.since_save() > config.save_seconds:
                     save_last()
                     clock.saved()
@@ -141,7 +143,8 @@ def main(config: PretrainConfig) -> dict:
             clock.saved()
             selfmis.append_json(out / "log.jsonl", **entry)
             r_at_k = " ".join(f"R@{k} {metrics[f'r{k}']:.2f} %" for k in validator.k)
-            print(f"epoch {epoch + 1}/{config.epochs} | train loss {entry['train_loss']:.4f} | validation loss {metrics['val_loss']:.4f} | {r_at_k}", flush=True)
+            losses = f"train loss {entry['train_loss']:.4f} | validation loss {metrics['val_loss']:.4f}"
+            print(f"epoch {epoch + 1}/{config.epochs} | {losses} | {r_at_k}", flush=True)
             validator.warn(metrics["val_loss"])
     spent = selfmis.cost([model.encoder, teacher], view, ranks.device) | dict(records_per_second=clock.rate())
     ranks.print(f"cost: {selfmis.say_cost(spent)} trained; both encoders")
@@ -257,8 +260,9 @@ class Validator:
         model.train()
         if not self.ranks.first:
             return {}
+        both = zip(self.whole_batches(single), self.whole_batches(self.targets))
         with torch.no_grad():
-            losses = [model.compare(s.to(self.ranks.device), m.to(self.ranks.device)).item() for s, m in zip(self.whole_batches(single), self.whole_batches(self.targets))]
+            losses = [model.compare(s.to(self.ranks.device), m.to(self.ranks.device)).item() for s, m in both]
         recall = selfmis.retrieval(single, self.targets, self.k)
         return dict(val_loss=float(np.mean(losses)), **{f"r{k}": recall[k] for k in self.k})
 
@@ -270,7 +274,8 @@ class Validator:
     def warn(self, loss: float) -> None:
         plateau = selfmis.prior_plateau(min(VALIDATION_BATCH, len(self.rows)))
         if self.loss != "softmax" and plateau and abs(loss / plateau - 1) < 0.03:
-            print(f"warning: constant logits give {plateau:.2f}, so nothing but the prior is learned yet; if it stays: --loss learnable, --warmup, another --lr", flush=True)
+            remedy = "if it stays: --loss learnable, --warmup, another --lr"
+            print(f"warning: constant logits give {plateau:.2f}, so nothing but the prior is learned yet; {remedy}", flush=True)
 
 
 class Clock:

@@ -100,7 +100,8 @@ def main(config: ProbeConfig) -> dict:
         read_predictions(Path(other), records.labels[test], records.folds[test], records.patients[test])
     if ranks.first:
         counts = {name: len(rows) for name, rows in split.items()} | dict(tested=len(test), unlabelled=int(unlabelled.sum()), unusable=pairs.unusable)
-        selfmis.write_json(out / "config.json", dict(config=dataclasses.asdict(config), view=view._asdict(), records=counts, world=ranks.world, **selfmis.environment()))
+        said = dict(config=dataclasses.asdict(config), view=view._asdict(), records=counts, world=ranks.world)
+        selfmis.write_json(out / "config.json", said | selfmis.environment())
 
     y = records.labels.astype(np.float32)
     shown = Shown(encoder, pairs, view, ranks)
@@ -154,7 +155,8 @@ def check_flags(config: ProbeConfig) -> None:
     if config.rotate and len(kinds) > 1:
         raise ValueError("--rotate: synthetic records beside real ones would be tested too; leave one of them out")
     if config.finetune and (config.seeds > 1 or config.baseline or config.rotate or len(config.fractions) > 1):
-        raise ValueError("--finetune trains one network: repeat it with another --seed, --fractions and --out instead of --seeds, --baseline, --rotate or several fractions")
+        others = "--seeds, --baseline, --rotate or several fractions"
+        raise ValueError(f"--finetune trains one network: repeat it with another --seed, --fractions and --out instead of {others}")
 
 
 def split_by_fold(records: Records, usable: np.ndarray, config: ProbeConfig) -> list[dict[str, np.ndarray]]:
@@ -167,7 +169,8 @@ def split_by_fold(records: Records, usable: np.ndarray, config: ProbeConfig) -> 
         split = {"train": usable[(folds != val) & (folds != test)], "val": usable[folds == val], "test": usable[folds == test]}
         for name, rows in split.items():
             if not len(rows):
-                raise ValueError(f"no usable record to {name} on (--val-fold {val}, --test-fold {test}); there are records of the folds {', '.join(map(str, have))}")
+                there = ", ".join(map(str, have))
+                raise ValueError(f"no usable record to {name} on (--val-fold {val}, --test-fold {test}); there are records of the folds {there}")
         patients = [set(records.patient_keys()[rows].tolist()) for rows in split.values()]
         if patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2]:
             raise ValueError("a patient has records in two of the three parts; check strat_fold in ptbxl_database.csv")
@@ -187,11 +190,14 @@ def part_of(rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def describe(config: ProbeConfig, records: Records, split: dict, unlabelled: int, view, encoder, ranks: Ranks) -> None:
     """What is trained and tested on, so that a wrong copy of the data is noticed."""
     positives = {name: records.labels[rows].sum(0) for name, rows in split.items()}
-    ranks.print(f"{len(records):,} records with a diagnostic statement ({unlabelled:,} without one left out); usable: " + ", ".join(f"{len(rows):,} {name}" for name, rows in split.items()))
-    ranks.print("positives (train/val/test): " + "  ".join(f"{t} " + "/".join(str(positives[name][STATEMENTS.index(t)]) for name in split) for t in MI_TYPES))
+    usable = ", ".join(f"{len(rows):,} {name}" for name, rows in split.items())
+    ranks.print(f"{len(records):,} records with a diagnostic statement ({unlabelled:,} without one left out); usable: {usable}")
+    each = (f"{t} " + "/".join(str(positives[name][STATEMENTS.index(t)]) for name in split) for t in MI_TYPES)
+    ranks.print(f"positives (train/val/test): {'  '.join(each)}")
     ranks.print(
-        f"{'fine-tuning' if config.finetune else 'probing'} an encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters ({config.encoder}) on "
-        f"lead {view.lead}, {view.sample_rate_hz:g} Hz, {view.preprocessing['normalize']} (filter {view.preprocessing['filter']}), {ranks.world} process(es) on {ranks.device.type}"
+        f"{'fine-tuning' if config.finetune else 'probing'} an encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters "
+        f"({config.encoder}) on lead {view.lead}, {view.sample_rate_hz:g} Hz, {view.preprocessing['normalize']} "
+        f"(filter {view.preprocessing['filter']}), {ranks.world} process(es) on {ranks.device.type}"
     )
 
 
@@ -202,9 +208,10 @@ def warn_if_seen(seen: list[dict], records: Records, test: np.ndarray, config: P
             folds = sorted(set(tested.get("folds", ())) & set(entry.get("folds", range(1, 11)))) if entry["data"] == tested["data"] else []
             where = f"fold {', '.join(map(str, folds))} of {tested['data']}"
             if config.rotate and folds and entry["labels"]:
-                raise ValueError(f"--rotate: {config.encoder} or its teacher was trained with labels of {where}, so it cannot be tested there; leave --rotate out")
+                raise ValueError(f"--rotate: {config.encoder} or its teacher was trained with labels of {where}, so it cannot be tested there")
             if folds:
-                ranks.print(f"warning: the encoder or its teacher was trained on {where} {'with' if entry['labels'] else 'without'} labels; the test is not clean")
+                how = f"trained on {where} with{'' if entry['labels'] else 'out'} labels"
+                ranks.print(f"warning: the encoder or its teacher was {how}; the test is not clean")
 
 
 class Shown:
@@ -285,7 +292,8 @@ def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits
                     logits.append(score(features[split["test"]], weight, bias))
                     validation = score(features[val], weight, bias)
                     means = group_means(selfmis.macro_auc(y[val], validation)[1])
-                    ranks.print(f"{head} head, seed {seed}{f', {len(rows):,} labels' if fraction < 1 else ''}: {said} (nine {means['nine']:.4f}, six {means['six']:.4f})")
+                    labels = f", {len(rows):,} labels" if fraction < 1 else ""
+                    ranks.print(f"{head} head, seed {seed}{labels}: {said} (nine {means['nine']:.4f}, six {means['six']:.4f})")
                 heads.setdefault(head, []).append(Fit(seed, fraction, weight, bias, np.concatenate(logits), validation))
     return heads
 
@@ -365,7 +373,10 @@ def newton(z, y, weight, curvature, strength: float, tolerance: float):
     penalty = torch.full_like(weight[:, :1], strength)
     penalty[-1] = 0
     diagonal, logits = curvature + penalty, z @ weight  # (D + 1, K), (N, K)
-    objective = lambda logits, weight: F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(0) + (penalty * weight.square()).sum(0) / 2  # (K,)
+
+    def objective(logits, weight):  # (K,)
+        return F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(0) + (penalty * weight.square()).sum(0) / 2
+
     for _ in range(100):
         share = logits.sigmoid()
         residual = -(z.T @ (share - y) / len(y) + penalty * weight)  # minus the gradient
@@ -489,7 +500,8 @@ def evaluate(heads: dict[str, list[Fit]], y: np.ndarray, folds: np.ndarray, pati
     for head, fits in heads.items():
         for fit in fits:
             auc = selfmis.macro_auc(y, within_folds(fit.logits, folds))[1]
-            runs.append(dict(seed=fit.seed, fraction=fit.fraction, head=head, **group_means(auc), types={t: float(auc[STATEMENTS.index(t)]) for t in MI_TYPES}))
+            types = {t: float(auc[STATEMENTS.index(t)]) for t in MI_TYPES}
+            runs.append(dict(seed=fit.seed, fraction=fit.fraction, head=head, **group_means(auc), types=types))
         logits = [fit.logits for fit in at_full(fits)]
         results[head] = summarize(*mean_auc(logits, y, folds, patients), y) | dict(any=any_infarct(logits, y, folds, patients))
     return dict(**results[next(iter(heads))], heads=results, runs=runs)
@@ -574,8 +586,9 @@ def reliability(logits: np.ndarray, y: np.ndarray, temperature: float) -> dict[s
 
 
 def save_predictions(path: Path, heads: dict[str, list[Fit]], records: Records, test: np.ndarray, val: np.ndarray | None) -> None:
-    """predictions.npz: logits (seeds, N, 44) of each head, and of the first as plain `logits`; the validation fold's too, as settings may be chosen by them."""
-    arrays = dict(labels=records.labels[test], fold=records.folds[test], patient=records.patients[test], record=np.array([records.name(i) for i in test]))
+    """predictions.npz: logits (seeds, N, 44) of each head, the first of the first head as `logits`; the validation fold's too, to choose settings by."""
+    arrays = dict(labels=records.labels[test], fold=records.folds[test], patient=records.patients[test])
+    arrays["record"] = np.array([records.name(i) for i in test])
     if val is not None:
         arrays |= dict(validation_labels=records.labels[val], validation_patient=records.patients[val])
     for head, fits in heads.items():
@@ -595,7 +608,8 @@ def read_predictions(folder: Path, labels: np.ndarray, folds: np.ndarray, patien
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"--compare {folder}: no readable predictions.npz in it; give the folder of a finished run of train_probe.py") from error
     if not all(np.array_equal(arrays.get(name), own) for name, own in (("labels", labels), ("fold", folds), ("patient", patients))):
-        raise ValueError(f"--compare {folder}: its {len(arrays.get('labels', ())):,} test records are not this run's {len(labels):,}; both need the same --data, --test-fold and --limit")
+        counts = f"its {len(arrays.get('labels', ())):,} test records are not this run's {len(labels):,}"
+        raise ValueError(f"--compare {folder}: {counts}; both need the same --data, --test-fold and --limit")
     return {name.removeprefix("logits_"): value for name, value in arrays.items() if name.startswith("logits_")}
 
 
@@ -612,7 +626,10 @@ def compare(out: Path, others: list[str]) -> None:
         theirs = {head: mean_auc(logits, *test) for head, logits in read_predictions(Path(other), *test).items()}
         pairs = {head: head if head in theirs else next(iter(theirs)) for head in mine}
         compared[other] = {f"{a} - {b}": summarize(mine[a][0] - theirs[b][0], mine[a][1] - theirs[b][1], test[0]) for a, b in pairs.items()}
-    said = [f"\nthis run minus {other}: difference of AUC with its 95 % interval, paired by patient\n{as_table(dict(heads=c, types=results['types']), '{:+.3f}')}\n" for other, c in compared.items()]
+    said = []
+    for other, heads in compared.items():
+        table = as_table(dict(heads=heads, types=results["types"]), "{:+.3f}")
+        said.append(f"\nthis run minus {other}: difference of AUC with its 95 % interval, paired by patient\n{table}\n")
     print("".join(said), flush=True)
     (out / "results.md").write_text((out / "results.md").read_text().split("\nthis run minus ")[0] + "".join(said))
     selfmis.write_json(out / "results.json", results)
@@ -689,8 +706,9 @@ def draw_roc(path: Path, logits: np.ndarray, y: np.ndarray, results: dict) -> No
         if math.isnan(c["auc"]):
             continue
         hits = y[np.argsort(-logits[:, k], kind="stable"), k]
+        false, true = (np.append(0, np.cumsum(passed)) / passed.sum() for passed in (1 - hits, hits))
         rare = c["positives"] < 20
-        axes.plot(np.append(0, np.cumsum(1 - hits)) / (1 - hits).sum(), np.append(0, np.cumsum(hits)) / hits.sum(), lw=0.8 if rare else 1.6, ls=":" if rare else "-", label=f"{t} {c['auc']:.3f} (n = {c['positives']})")
+        axes.plot(false, true, lw=0.8 if rare else 1.6, ls=":" if rare else "-", label=f"{t} {c['auc']:.3f} (n = {c['positives']})")
     axes.legend(loc="lower right", fontsize=8, title="AUC; dotted: fewer than 20 positives", title_fontsize=8)
     figure.savefig(path, dpi=120)
 
