@@ -1297,7 +1297,8 @@ def read_recording(
             found = [lead.upper() for lead in LEADS]
         chosen = [found.index(lead.upper()) if lead.upper() in found else -1 for lead in leads]
         if column is not None and len(leads) == 1:
-            chosen = [names.index(column) if column in names else int(column) - 1 if column.isdigit() else -1]
+            named = [i for i, name in enumerate(names) if name == column or name.endswith(" " + column)]  # of two lines of names the lower
+            chosen = named[:1] or [int(column) - 1 if column.isdigit() else -1]
         if not all(0 <= c < n for c in chosen):
             remedy = "give --column NAME or its number" if len(leads) == 1 else "name the columns I, II, ..."
             there = ", ".join(filter(None, names or found)) or "without names"
@@ -2281,7 +2282,8 @@ def run_detect(arguments) -> int:
                 none = "no threshold is better than a guess" if n >= 10 else f"too few cases for a threshold ({n})"
                 verdict = {None: none, True: "POSITIVE", False: "negative"}[positive]
                 few = f" (threshold from {n} cases)" if n < 20 and positive is not None else ""
-                print(f"{t:<7}{p:11.4f}{threshold:11.4f}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{few}")
+                usable = f"{threshold:.4f}" if positive is not None else "-"
+                print(f"{t:<7}{p:11.4f}{usable:>11}{sensitivity:13.2f}{specificity:13.2f}  {verdict}{few}")
     end = "\nresearch code, not a medical device: an infarct of today needs an emergency call, not this table"
     print(json.dumps(nan_to_none(found), indent=1) if arguments.json else end)
     return failed

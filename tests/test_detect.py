@@ -167,6 +167,9 @@ def test_every_format_gives_the_same_probabilities(formats, probes, source, caps
 
 def test_another_column_by_name_and_by_number(formats, probes, source, capsys):
     (path,) = [path for path in formats[0] if path.name == "tab.tsv"]
+    two = path.with_name("two_lines.tsv")
+    two.write_text("Device\tX1\n" + path.read_text().split("\n", 1)[1].replace("ECG II [uV]", "other"))
+    np.testing.assert_allclose(read_recording(two, ("I",), column="other", unit="uV", sample_rate_hz=500)[0][0], source[0, 1], atol=1e-3)
     first, *others = (nine(answers(capsys, probes["one"], path, *flags)[str(path)]) for flags in ([], ["--column", "ECG II [uV]"], ["--column", "2"]))
     for other in others:
         np.testing.assert_allclose(other, list(load_detector(probes["one"])(source[0, 1], 500).values()), atol=2e-3)
