@@ -1750,7 +1750,8 @@ def open_encoder(spec: str, leads: int, size: str | None) -> ResNet1D | None:
 def open_run(config, ranks: Ranks) -> Path:
     """The run's folder, refused where a run would be lost; --overwrite removes the files of a run and nothing else."""
     out, launch = Path(config.out), LAUNCH_STORE[0] if LAUNCH_STORE else None
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (launch is None or launch.check(["opened"])):
+    remembers = launch is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it outlives the processes
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not (remembers and not launch.check(["opened"])):
         config.resume = True  # torchrun restarted what had been let in here: go on
     files = ("config.json", "log.jsonl", "last.pt", "best.pt", "probe.pt", "results.json", "results.md", "roc.png", "predictions.npz")
     if ranks.first:
