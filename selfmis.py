@@ -1249,14 +1249,16 @@ def load_detector(path: str | os.PathLike) -> Detector:
     return Detector(path)
 
 
-# What the lines above the numbers of a text file are searched for.  The rate: a sampling rate by name, else the largest
-# number of Hz that is no filter's and no heart's.  The unit: by name, else a voltage.
+# What the lines above the numbers of a text file are searched for.  The rate: a sampling rate by name, else a line that says
+# nothing but a frequency.  The unit: by name, else a voltage without a number.  The lead of the only column: lines about leads.
 HERTZ = r"(\d+(?:[.,]\d+)?)\s*(k?)"
-RATE = re.compile(r"(?i)(?:sampl\w*[\s_-]*(?:rate|freq\w*)|abtast(?:rate|freq)\w*|chantillonnage|muestreo|campionamento|\bfs)\b[^\d\n]{0,12}" + HERTZ)
-OTHER_RATE = re.compile(rf"(?im)^(?!.*(?:filt|pass|mains|netz|line|notch|heart|puls|cut|band|bw|response|\d\s*-\s*\d)).*?{HERTZ}(?:hz|hertz)\b")
-UNIT = re.compile(r"(?i)(?<![a-z])(?:unit|einheit)\w*\W+([^\s,;]+)|(?<![a-zµμ/])([nuµμm]v)(?![a-z/])|[(\[_](v)(?:olts?)?[)\]]")
+SAMPLING = r"sampl\w*[\s_-]*(?:rate|fre[qk]\w*)|abtast(?:rate|freq)\w*|chantillonnage|muestreo|campionamento|amostragem|\bfs"
+RATE = re.compile(rf"(?i)(?:{SAMPLING})\b[^\d\n]{{0,12}}(?<![a-z]){HERTZ}(?![\d.,]|\s*-?bit)")
+OTHER_RATE = re.compile(rf"(?im)^\W*(?:(?:rate|sampl\w*|fr[eé][qc]\w*)\W+)?{HERTZ}(?:hz|hertz)\W*$")
+UNIT = re.compile(r"(?i)(?<![a-z])(?:unit|einheit)\w*\W+(\w+)|(?<![a-zµμ/\d])(?<!\d )([nuµμm]v)(?![a-z/])|[(\[_](v)(?:olts?)?[)\]]")
+LEAD_LINE = re.compile(r"(?im)^\W*(?:e[ck]g\W*)?(?:lead|ableit|d[ée]riva|afleid|avled|electrode).*$")
+LEAD_NUMBER = re.compile(r"(?i)(?:lead|e[ck]g|ch|cm|[dl])\W*[2-9]\b")
 LEAD_NAME = re.compile(r"(?i)(?<![a-z0-9-])(?:lead[\W_]*|e[ck]g[\W_]*|ml|d)?(i{1,3}|av[rlf]|v[1-6])(?![a-z0-9])")
-ONLY_LEAD = re.compile(r"(?i)\b(?:lead|ableitung)\W+(?:lead\W+|ableitung\W+)?(i{1,3}|av[rlf]|v[1-6])(?!\w)")
 TIME = re.compile(r"(?i)time|zeit|elapsed|stamp")
 TIME_UNIT = re.compile(r"(?i)(?<![a-z])(min|[nuµμm]s)")
 
@@ -1267,7 +1269,8 @@ def read_recording(
     """((L, T) float64 in mV, sample rate in Hz, warnings) of a WFDB record, a .npy array or a table in text.
 
     .npy: (T,), (L, T) or (T, L), twelve leads in the order of LEADS.  Text (.csv, .tsv, .txt): a line for each sample, above
-    them any header, in which names, unit and rate are looked for; a column of time gives the rate too.  The arguments go
+    them any header, in which names, unit and rate are looked for; a column of time (in seconds, or in what its name says)
+    gives the rate too.  The arguments go
     before what the file says; unit defaults to mV.  What is not clear is not guessed: ValueError names the file and the
     argument that helps.  Also where it is unreadable, lacks a lead or has no finite sample.
     """
@@ -1278,27 +1281,29 @@ def read_recording(
     else:
         header, names, table = read_array(path) if kind == ".npy" else read_text(path)
         hertz = lambda stated: float(stated[1].replace(",", ".")) * (1000 if stated[2] else 1)
-        if stated := RATE.search(header) or max(OTHER_RATE.finditer(header), key=hertz, default=None):
-            rates["header"] = hertz(stated)
+        stated = set(map(hertz, RATE.finditer(header))) or set(map(hertz, OTHER_RATE.finditer(header)))
+        rates["header"] = stated.pop() if len(stated) == 1 else None
         grows = table.shape[1] > 1 and (np.diff(table[:, 0]) > 0).all()  # no lead does
-        times = [i for i, name in enumerate(names) if TIME.search(name)] or ([0] if grows else [])
+        times = sorted({i for i, name in enumerate(names) if TIME.search(name)} | ({0} if grows else set()))
         for i in times:
             steps, named = np.diff(table[:, i]), TIME_UNIT.search(names[i]) if names else None
             if not 0 <= steps.min() <= steps.max() < 10 * steps.mean():
                 said.append("the times do not grow evenly (gaps, restarted): check the order of the samples and the sample rate")
-            elif steps.mean() != 1:  # a step of 1 numbers the samples
-                per_second = {"min": 1 / 60, "ms": 1e3, "ns": 1e9}.get(named[1].lower(), 1e6) if named else 1e3 if steps.mean() > 1 else 1
+            elif named or steps.mean() < 0.1:  # larger steps are no seconds: a counter
+                per_second = {"min": 1 / 60, "ms": 1e3, "ns": 1e9}.get(named[1].lower(), 1e6) if named else 1
                 rates["time column"] = per_second / steps.mean()
         table, names = np.delete(table, times, 1), [name for i, name in enumerate(names) if i not in times]
-        n, found = table.shape[1], [match and match[1].upper() for match in map(LEAD_NAME.search, names)]
+        n, found = table.shape[1], [([""] + LEAD_NAME.findall(name))[-1].upper() for name in names]  # of two lines of names the lower
         if n == 1 and not any(found):
-            found = [ONLY_LEAD.search(header)[1].upper() if ONLY_LEAD.search(header) else leads[0].upper()]
-        elif n == 12 and not names:
+            above = {lead.upper() for line in LEAD_LINE.findall(header) for lead in LEAD_NAME.findall(line) or ["another"]}
+            above |= {name for name in names if LEAD_NUMBER.search(name)}
+            found = [", ".join(above) or leads[0].upper()]
+        elif n == 12 and kind == ".npy":
             found = [lead.upper() for lead in LEADS]
-        chosen = [found.index(lead.upper()) if lead.upper() in found else -1 for lead in leads]
+        chosen = [found.index(lead.upper()) if found.count(lead.upper()) == 1 else -1 for lead in leads]
         if column is not None and len(leads) == 1:
-            named = [i for i, name in enumerate(names) if name == column or name.endswith(" " + column)]  # of two lines of names the lower
-            chosen = named[:1] or [int(column) - 1 if column.isdigit() else -1]
+            named = [i for i, name in enumerate(names) if name == column] or [i for i, name in enumerate(names) if name.endswith(" " + column)]
+            chosen = named if len(named) == 1 else [int(column) - 1 if column.isdecimal() and not named else -1]
         if not all(0 <= c < n for c in chosen):
             remedy = "give --column NAME or its number" if len(leads) == 1 else "name the columns I, II, ..."
             there = ", ".join(filter(None, names or found)) or "without names"
@@ -1346,29 +1351,32 @@ def read_text(path: str) -> tuple[str, list[str], np.ndarray]:
     pandas = need("pandas", "reading a table in text")
     raw = Path(path).read_bytes()
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
     if "\0" in text[:4096]:
         raise ValueError(f"{path}: binary, so not a recording as text")
-    text = re.sub("(?i)micro ?volts?", "uV", text.replace("\u2212", "-"))  # the minus of some locales
+    text = text.replace("\u2212", "-")  # the minus of some locales
+    text = re.sub(r"(?i)\b(micro|milli|) ?volts?\b", lambda unit: {"micro": "uV", "milli": "mV", "": "V"}[unit[1].lower()], text)
     lines = re.sub("[\"']", "", re.sub(r'"([+-]?\d+),(\d+)"', r"\1.\2", text)).splitlines()
     number = re.compile(r"(?i)(?!.*hz)\s*[+-]?[.,]?\d").match
     start = next((i for i in range(len(lines) - 1) if number(lines[i]) and number(lines[i + 1])), len(lines))
     header, lines = [line for line in lines[:start] if line.strip(" \t,;")], lines[start:]
     first = lines[0].strip() if lines else ""
     separator = next((mark for mark in "\t;" if mark in first), "," if "," in first else r"\s+")
-    if separator == "," and re.fullmatch(r"[-+\d]*,\d+(\s+[-+\d]*,\d+)+", first):
+    filled = [line.strip() for line in lines if re.search(r"\d", line)]
+    if separator == "," and re.search(r"[^,\s]\s+[-+]?\d*,\d+$", first):
         separator = r"\s+"
-    elif separator == "," and all(map(re.compile(r"\s*([+-]?\d+(,\d+)?)?\s*").fullmatch, lines)):
-        before, _, behind = zip(*(line.strip().partition(",") for line in lines if line.strip()))
+    elif separator == "," and all(map(re.compile(r"[+-]?\d+(,\d+(e[+-]?\d+)?)?", re.I).fullmatch, filled)):
+        before, _, behind = zip(*(line.partition(",") for line in filled))
         behind, before = {digits for digits in behind if len(digits) > 1}, np.array(before, float)
         grows = (np.diff(before) >= 0).all() and before[0] < before[-1]
         if any(digits[0] == "0" for digits in behind) or not grows and len(behind) < 30:
             separator = ";"
-    body = "\n".join(lines) if separator == "," else "\n".join(lines).replace(",", ".")
+    body = "\n".join(lines).rstrip()
+    body = body if separator == "," else body.replace(",", ".")
     try:
-        cells = pandas.read_csv(io.StringIO(body), sep=separator, header=None, skipinitialspace=True, low_memory=False)
+        cells = pandas.read_csv(io.StringIO(body), sep=separator, header=None, skipinitialspace=True, skip_blank_lines=False, low_memory=False)
     except ValueError as error:  # pandas counts lines from the first of numbers
         raise ValueError(f"{path}: no table of numbers with a line for each sample from line {start + 1} on ({' '.join(str(error).split())})") from error
     cells = cells.apply(pandas.to_numeric, errors="coerce")
@@ -2209,7 +2217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("recordings", nargs="+", help="WFDB records, .csv, .tsv, .txt or .npy files, or folders of them")
     add("--sample-rate", type=float, metavar="HZ", help="where the file does not say it, or says it wrong")
     add("--unit", choices=("V", "mV", "uV", "nV"), help="of .npy and text files (default: what a header says, else mV)")
-    add("--column", help="name or number (from 1, a time column not counted) of the column in text files")
+    add("--column", help="name or number (from 1; times, counters and words not counted) of the column in text files")
     both = "threshold: best sensitivity + specificity, or 90 %% sensitivity, on the validation fold (default: youden)"
     add("--point", choices=("youden", "sensitivity_90"), default="youden", help=both)
     add("--json", action="store_true", help="print JSON instead of tables")

@@ -144,7 +144,7 @@ def formats(tmp_path_factory, source):
         folder / "wfdb",
         folder / "microvolt_other_order.hea",
         write_text(folder / "twelve.csv", ["unit: mV", ",".join(["time", *reversed(LEADS)])], [seconds, *x[mixed]]),
-        write_text(folder / "twelve_plain.csv", ["fs = 500"], uv * 1e-3, form="{:.3f}"),
+        write_text(folder / "twelve_plain.csv", ["fs = 500", ",".join(LEADS)], uv * 1e-3, form="{:.3f}"),
         write_text(folder / "twelve_microvolt.tsv", ["\t".join(["sample", *(f"{lead}_uV" for lead in LEADS)]), "Sample Rate\t500"][::-1], [range(x.shape[1]), *uv], "\t", "{}"),
     ]
     return one, twelve
@@ -286,7 +286,8 @@ def test_time_stamps_and_a_second_time(tmp_path, source, stamp):
 
 
 @pytest.mark.parametrize("header, rate", [
-    ("Sample rate: 1 kHz", 1000), ("Sampling frequency 0.5 kHz", 500), ("Abtastrate: 1.000 Hz", None), ("Bandwidth: 0.05-150 Hz\nFrequency: 500 Hz", 500),
+    ("Sample rate: 1 kHz", 1000), ("Sampling frequency 0.5 kHz", 500), ("Abtastrate: 1.000 Hz", None), ("Bandwidth: 0.05-150 Hz\nFrequency: 500 Hz", 500), ("Muscle: 35 Hz", None), ("0.05 to 150 Hz", None), ("AC 60 Hz", None),
+    ("ACC sampling rate: 50 Hz\nECG sampling rate: 500 Hz", None), ("Sampling rate (24 bit): 500", None), ("ACC: 208 Hz\nECG: 125 Hz", None), ("Samplingsfrekvens: 512 Hz", 512),
     ("Low cut: 0.5 Hz\nFréquence d'échantillonnage;500 Hz", 500), ("Bandwidth: 0.05-150 Hz", None), ("Filtre: 50 Hz", None), ("Netzfrequenz 50 Hz", None), ("fs=1.2.3", None), ("Abtastintervall: 2 ms", None),
 ])  # fmt: skip
 def test_a_rate_that_a_header_does_not_state_is_asked_for(tmp_path, source, header, rate):
@@ -299,7 +300,7 @@ def test_a_rate_that_a_header_does_not_state_is_asked_for(tmp_path, source, head
 
 
 @pytest.mark.parametrize("header, unit", [
-    ("ECG (microvolts)", "uV"), ("ECG (Volts)", "V"), ("resolution 5 uV/LSB\nECG", "mV"), ("Time,I (V),Marker (mV)", "V"), ("Community Hospital\nI", "mV"),
+    ("ECG (microvolts)", "uV"), ("ECG (Volts)", "V"), ("Unit: millivolts", "mV"), ("Units: [uV]", "uV"), ("LSB: 2.44 uV\nECG", "mV"), ("Calibration: 1 mV\nUnit: uV", "uV"), ("resolution 5 uV/LSB\nECG", "mV"), ("Time,I (V),Marker (mV)", "V"), ("Community Hospital\nI", "mV"),
 ])  # fmt: skip
 def test_the_unit_is_that_of_the_lead(tmp_path, source, header, unit):
     several = header.startswith("Time")
@@ -331,12 +332,13 @@ def test_times_as_devices_write_them(tmp_path, source, name, warns):
 def test_what_spreadsheets_and_locales_do_to_numbers(tmp_path, source):
     x = np.round(source[0, 0, :3000], 4)
     text = "500 Hz\nI (mV)\n" + "\n".join(map(str, x)) + "\n"
+    (tmp_path / "wide.txt").write_bytes(text.encode("utf-16"))  # "Unicode text" of spreadsheets
     (tmp_path / "minus.txt").write_text(text.replace("-", "\u2212"), encoding="utf-8")
     lines = text.splitlines()
     for i, empty in enumerate(("NA", "#N/A", "null", "--")):  # or any other word
         lines[100 + 2 * i] = empty
     (tmp_path / "empty.txt").write_text("\n".join(lines))
-    for name, missing in (("minus", 0), ("empty", 4)):
+    for name, missing in (("wide", 0), ("minus", 0), ("empty", 4)):
         ecg, _, said = read_recording(tmp_path / f"{name}.txt", ("I",))
         np.testing.assert_allclose(ecg[0], x, atol=0.2 if missing else 1e-9)
         assert said == (["4 of 3,000 samples are missing, and are taken as 0 mV"] if missing else [])
@@ -353,16 +355,19 @@ def test_names_of_leads(tmp_path, source, name, column):
         else:
             with pytest.raises(ValueError, match=f"no column for lead {lead} among 2"):
                 read_recording(path, (lead,))
-    path = write_text(tmp_path / "watch.csv", ["500 Hz", "Lead,Lead II"], source[0, 1:2, :3000])  # its only column, and not the lead that is wanted
-    with pytest.raises(ValueError, match=r"no column for lead I among 1 \(II\); give --column NAME or its number"):
-        read_recording(path, ("I",))
+    for header, said in (("Lead,Lead II", "II"), ("Leads: II", "II"), ("Dérivation,Dérivation II", "II"), ("Lead 2", "ANOTHER"), ("ECG2", "ECG2"), ("Electrode placement: chest", "ANOTHER")):
+        path = write_text(tmp_path / "watch.csv", ["500 Hz", header], source[0, 1:2, :3000])  # its only column, and not the lead that is wanted
+        with pytest.raises(ValueError, match=rf"no column for lead I among 1 \(.*{said}.*\); give --column NAME or its number"):
+            read_recording(path, ("I",))
     np.testing.assert_allclose(read_recording(path, ("I",), column="1")[0][0], source[0, 1, :3000], atol=1e-4)
 
 
-def test_twelve_columns_are_in_the_usual_order_only_without_names(tmp_path, source):
+def test_columns_of_text_need_names(tmp_path, source):
+    """Twelve numbers in a line may be leads in any order, or a counter, eight electrodes and an accelerometer."""
     x = source[0, :, :3000]
     path = write_text(tmp_path / "x.csv", ["500 Hz"], x)
-    np.testing.assert_allclose(read_recording(path, selfmis.LEADS)[0], x, atol=1e-4)
+    with pytest.raises(ValueError, match="no column for lead I, II.*without names.; name the columns"):
+        read_recording(path, selfmis.LEADS)
     order = [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5]
     path = write_text(tmp_path / "y.csv", ["500 Hz", ",".join("Lead" + selfmis.LEADS[i] for i in order)], x[order])
     np.testing.assert_allclose(read_recording(path, selfmis.LEADS)[0], x, atol=1e-4)
@@ -421,6 +426,36 @@ def test_counters_and_converter_steps_are_columns(tmp_path, source):
     for name, first in (("I", steps), ("n", np.arange(3000) % 16)):
         path = write_text(tmp_path / "x.csv", ["500 Hz", f"{name},II"], [first, steps + 3], form="{}")
         assert np.array_equal(read_recording(path, ("II",))[0][0], steps + 3)
+
+
+def test_what_is_not_clear_is_not_guessed(tmp_path, source):
+    x = source[0, :2, :3000]
+    lost = np.arange(3000.0) + (np.arange(3000) >= 2000)  # a counter that lost a sample is no time in milliseconds
+    for header, columns in ((["sample,I"], [lost, x[0]]), (["timestamp,I"], [32.0 * np.arange(3000), x[0]])):
+        path = write_text(tmp_path / "x.csv", header, columns)
+        with pytest.raises(ValueError, match="its sample rate is not known"):
+            read_recording(path, ("I",))
+        np.testing.assert_allclose(read_recording(path, ("I",), sample_rate_hz=500)[0][0], x[0], atol=1e-4)
+    path = write_text(tmp_path / "x.csv", ["500 Hz", "Impedance I (kOhm),ECG I (mV)"], [x[1], x[0]])
+    with pytest.raises(ValueError, match="no column for lead I among 2"):
+        read_recording(path, ("I",))
+    path = write_text(tmp_path / "x.csv", ["500 Hz", "noise ECG,ECG"], [x[1], x[0]])
+    np.testing.assert_allclose(read_recording(path, ("I",), column="ECG")[0][0], x[0], atol=1e-4)
+    path = write_text(tmp_path / "x.csv", [",time,ecg"], [np.arange(3000), np.arange(3000) / 500, x[0]])  # a data frame's index
+    ecg, rate, _ = read_recording(path, ("I",))
+    np.testing.assert_allclose(ecg[0], x[0], atol=1e-4)
+    assert rate == pytest.approx(500)
+
+
+def test_blank_lines_are_missing_samples_and_comma_decimals_survive_a_word(tmp_path, source):
+    uv = np.round(1e3 * source[0, 0, :3000], 3)
+    lines = [f"{v:.3f}".replace(".", ",") for v in uv]
+    for word in ("", "NaN", "Ende"):
+        lines[1500] = word
+        (tmp_path / "x.csv").write_text("\n".join([*APPLE_DE, *lines, "", ""]))
+        ecg, _, said = read_recording(tmp_path / "x.csv", ("I",))
+        assert said == ["1 of 3,000 samples are missing, and are taken as 0 mV"]
+        np.testing.assert_allclose(np.delete(ecg[0], 1500), np.delete(uv, 1500) / 1e3, atol=1e-9)
 
 
 def test_a_quiet_end_of_two_signed_columns(tmp_path, source):
