@@ -1269,8 +1269,7 @@ def read_recording(
     """((L, T) float64 in mV, sample rate in Hz, warnings) of a WFDB record, a .npy array or a table in text.
 
     .npy: (T,), (L, T) or (T, L), twelve leads in the order of LEADS.  Text (.csv, .tsv, .txt): a line for each sample, above
-    them any header, in which names, unit and rate are looked for; a column of time (in seconds, or in what its name says)
-    gives the rate too.  The arguments go
+    them any header, in which names, unit and rate are looked for; a column of times gives the rate too.  The arguments go
     before what the file says; unit defaults to mV.  What is not clear is not guessed: ValueError names the file and the
     argument that helps.  Also where it is unreadable, lacks a lead or has no finite sample.
     """
@@ -1283,15 +1282,9 @@ def read_recording(
         hertz = lambda stated: float(stated[1].replace(",", ".")) * (1000 if stated[2] else 1)
         stated = set(map(hertz, RATE.finditer(header))) or set(map(hertz, OTHER_RATE.finditer(header)))
         rates["header"] = stated.pop() if len(stated) == 1 else None
-        grows = table.shape[1] > 1 and (np.diff(table[:, 0]) > 0).all()  # no lead does
-        times = sorted({i for i, name in enumerate(names) if TIME.search(name)} | ({0} if grows else set()))
-        for i in times:
-            steps, named = np.diff(table[:, i]), TIME_UNIT.search(names[i]) if names else None
-            if not 0 <= steps.min() <= steps.max() < 10 * steps.mean():
-                said.append("the times do not grow evenly (gaps, restarted): check the order of the samples and the sample rate")
-            elif named or steps.mean() < 0.1:  # larger steps are no seconds: a counter
-                per_second = {"min": 1 / 60, "ms": 1e3, "ns": 1e9}.get(named[1].lower(), 1e6) if named else 1
-                rates["time column"] = per_second / steps.mean()
+        times, rates["time column"], even = find_times(names, table)
+        if not even:
+            said.append("the times do not grow evenly (gaps, restarted): check the order of the samples and the sample rate")
         table, names = np.delete(table, times, 1), [name for i, name in enumerate(names) if i not in times]
         n, found = table.shape[1], [([""] + LEAD_NAME.findall(name))[-1].upper() for name in names]  # of two lines of names the lower
         if n == 1 and not any(found):
@@ -1326,6 +1319,20 @@ def read_recording(
     if missing := (~np.isfinite(ecg)).sum():
         said.append(f"{missing:,} of {ecg.size:,} samples are missing, and are taken as 0 mV")
     return fill(ecg), rate, said
+
+
+def find_times(names: list[str], table: np.ndarray) -> tuple[list[int], float | None, bool]:
+    """(columns of times and counters in a table (samples, columns), the rate in Hz by the last that has one, whether they grow evenly)."""
+    grows = table.shape[1] > 1 and (np.diff(table[:, 0]) > 0).all()  # no lead does
+    columns = sorted({i for i, name in enumerate(names) if TIME.search(name)} | ({0} if grows else set()))
+    rate, even = None, True
+    for i in columns:
+        steps, unit = np.diff(table[:, i]), TIME_UNIT.search(names[i]) if names else None
+        if not 0 <= steps.min() <= steps.max() < 10 * steps.mean():
+            even = False
+        elif unit or steps.mean() < 0.1:  # without a unit seconds, but larger steps are no seconds of an ECG: a counter
+            rate = ({"min": 1 / 60, "ms": 1e3, "ns": 1e9}.get(unit[1].lower(), 1e6) if unit else 1) / steps.mean()
+    return columns, rate, even
 
 
 def read_array(path: str) -> tuple[str, list[str], np.ndarray]:
