@@ -823,7 +823,7 @@ QRS_LATER = np.array([0, 6, 0, 12])                                      # ms, o
 # How such hearts differ apart from the infarct: QRS gain, T gain, QRS axis (degrees), QRS width, and at strain 1 the ST
 # and T (mV) that go missing on the left side.
 REMODELLING = {
-    "NORM":  (1.00, 1.00,   0, 1.00, 0.00, 0.00),  "ALMI":  (1.18, 1.17, -36, 1.00, 0.11, 0.52),
+    "NORM":  (1.00, 1.00,   0, 1.00, 0.00, 0.00),  "ALMI":  (1.18, 1.17, -36, 1.00, 0.11, 0.58),
     "AMI":   (1.15, 1.26, -14, 0.93, 0.14, 0.03),  "ASMI":  (1.24, 1.11, -17, 1.12, 0.06, 0.45),
     "ILMI":  (1.14, 1.13,   5, 0.96, 0.15, 0.46),  "IMI":   (1.16, 1.13, -10, 0.91, 0.11, 0.27),
     "IPLMI": (1.25, 0.71, -11, 1.18, 0.09, 0.30),  "IPMI":  (1.16, 0.86,  -4, 1.16, 0.16, 0.19),
