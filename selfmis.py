@@ -251,6 +251,7 @@ def with_empty_leads(signals: torch.Tensor, encoder: ResNet1D, lead: str) -> tor
 # Signals: from a record on disk to what an encoder sees
 # ----------------------------------------------------------------------------------------------------------------------
 
+
 def need(module: str, what: str):
     """A module that is imported only where it is used; ImportError that says what for, and how to get it."""
     try:
@@ -432,10 +433,11 @@ def find_records(data: str, *, sample_rate_hz: float = 500, seed: int = 0) -> Re
     if (root / "record_list.csv").is_file():
         rows = [(row["path"], int(row["subject_id"])) for row in read_table(root / "record_list.csv", "path", "subject_id")]
         return as_records("mimic-iv-ecg", str(root), [path for path, _ in rows], [patient for _, patient in rows])
-    found, lists = [], ("ptbxl_database.csv", "record_list.csv")
+    found, lists = [], {"ptbxl_database.csv", "record_list.csv"}
+    inside = any(os.path.isfile(root.parent / name) for name in lists)
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
-        if set(lists) & set(files) or any(os.path.isfile(root.parent / name) for name in lists):
+        if inside or lists & set(files):
             raise ValueError(f"{data}: a part of a collection, or more than one: give the folder of its ptbxl_database.csv or record_list.csv, so that folds and patients are known")
         found += [os.path.relpath(os.path.join(folder, f), root).removesuffix(".hea") for f in sorted(files) if f.endswith(".hea")]
     if not found:
@@ -849,7 +851,7 @@ SCAR = {"ALMI": (1.45, 1.60, .40, 1.50, 0, 1.05), "AMI": (.50, .95, 0, .25, 0, 1
         "IPMI": (0, 0, 0, .15, .50, 1.30), "LMI": (1.55, 1.00, .65, .85, .65, 1.35),
         "PMI": (0, 0, 0, .70, .10, 1.50)}
 # What is left of the mean QRS of these types when the scars above are taken out, in some places a compromise with the
-# medians of Q, R and T: three shapes (see SHAPES) in I, II, V1..V6, in hundredths of a millivolt for each millivolt of lost forces.
+# medians of Q and R: three shapes (see SHAPES) in I, II, V1..V6, in hundredths of a millivolt for each millivolt of lost forces.
 BEYOND = {
     "ALMI": ((8, 11, -6, -56, -40, 9, 14, 21), (4, 31, -26, -6, 1, -48, -22, -32), (7, -46, -2, 53, 41, 36, 5, 8)),
     "AMI":  ((10, 18, -6, -12, 25, 35, 27, 18), (-10, -1, -4, 3, -13, 4, -3, -8), (13, -13, 0, 14, -3, -7, -6, 0)),
@@ -1501,8 +1503,9 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
         f"input: lead {content['lead']} at {content['sample_rate_hz']:g} Hz, {', '.join(f'{k} {v}' for k, v in (content['preprocessing'] or {}).items())}",
         f"trained on, its teacher included: {seen(content['seen'])}",
     ]
+    if "classes" in content:
+        lines.append(f"head: {len(content['classes'])} statements; its labels: {seen(content.get('head_seen', content['seen']))}")
     if "results" in content:
-        lines.append(f"head: {len(content['classes'])} statements; its labels: {seen(content['head_seen'])}")
         means = (f"{group} {shown(content['results'][group], 'mean')}" for group in ("nine", "six", "diagnostic"))
         lines.append(f"AUC on fold {config['test_fold']}, 95 % interval: {', '.join(means)}")
         lines += [f"  {t:<6}{c['positives']:>5} positives  {shown(c, 'auc')}" for t, c in content["results"]["types"].items()]
