@@ -144,7 +144,7 @@ class ResNet1D(nn.Module):
             leads=leads, stem=stem, widths=list(widths), depths=list(depths), kernel_size=kernel_size, group_width=group_width
         )
         self.leads, self.embedding_dim = leads, widths[-1]
-        self.seen: list[dict] = []  # data it was trained on
+        self.seen: list[dict] = []  # data it was trained on and chosen by
         self.first_conv = SameConv1d(leads, stem, kernel_size, stride=2)
         self.stage_list = nn.ModuleList()
         c_in = stem
@@ -221,7 +221,7 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
     """The encoder of any checkpoint that train_pretrain.py or train_probe.py wrote, in eval mode.
 
     Its attributes say how to feed it: lead ("I", ... or "all"), sample_rate_hz, preprocessing (keyword arguments of
-    `preprocess`), and seen (the data it was trained on, its teacher's included).  A twelve-lead encoder that was probed on
+    `preprocess`), and seen (the data it was trained on and chosen by, its teacher's included).  A twelve-lead encoder that was probed on
     one lead (leads 12, lead "I") wants that lead in its own row and zeros in the others.
     """
     return stored_encoder(read_checkpoint(path), path)
@@ -265,7 +265,7 @@ MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1
 MINIMUM_SECONDS = 2.5  # below this a record is refused: not enough beats to read
 
 
-def read_ecg(record: str | os.PathLike, leads: Sequence[str] = LEADS, sample_rate_hz: float = 500) -> np.ndarray:
+def read_ecg(record: str | os.PathLike, leads: str | Sequence[str] = LEADS, sample_rate_hz: float = 500) -> np.ndarray:
     """Leads of a WFDB record, by name: (len(leads), T) float32 in mV at sample_rate_hz.
 
     record: path with or without .hea.  Names are matched whatever their case or order (PTB-XL writes AVR, MIMIC-IV-ECG
@@ -277,9 +277,9 @@ def read_ecg(record: str | os.PathLike, leads: Sequence[str] = LEADS, sample_rat
     return resample(fill(ecg), rate, sample_rate_hz).astype(np.float32)
 
 
-def read_wfdb(record: str | os.PathLike, leads: Sequence[str]) -> tuple[np.ndarray, float]:
+def read_wfdb(record: str | os.PathLike, leads: str | Sequence[str]) -> tuple[np.ndarray, float]:
     """read_ecg at the record's own rate: (len(leads), T) float64 in mV, NaN where a sample is missing, and that rate in Hz."""
-    given, record = str(record), str(record).removesuffix(".hea").removesuffix(".dat")
+    given, record, leads = str(record), str(record).removesuffix(".hea").removesuffix(".dat"), lead_names(leads)
     if os.path.isfile(given) and not os.path.isfile(record + ".hea"):
         raise ValueError(f"{given}: neither a WFDB record nor .csv, .tsv, .txt or .npy; convert it")
     if not os.path.isfile(record + ".hea"):
@@ -309,13 +309,18 @@ def fill(ecg: np.ndarray) -> np.ndarray:
 
 
 def resample(ecg: np.ndarray, rate_hz: float, to_hz: float) -> np.ndarray:
-    """(L, T) at rate_hz -> (L, ceil(T to_hz / rate_hz)), anti-aliased; a straight line is removed first, so ends do not ring."""
+    """(L, T) at rate_hz -> (L, ceil(T to_hz / rate_hz)), anti-aliased; a line goes on past the ends, so that they do not ring.
+
+    The median stays out of the filter, which passes a constant with a ripple of a thousandth: after a z-score a flat lead
+    would look like an ECG, and a large offset would show.
+    """
     if not 1 <= rate_hz <= 100_000:
         raise ValueError(f"a sample rate of {rate_hz} Hz: expected 1 to 100,000")
     if rate_hz == to_hz:
         return ecg
     ratio = Fraction(to_hz / rate_hz).limit_denominator(1000)
-    return need("scipy.signal", "resampling").resample_poly(ecg, ratio.numerator, ratio.denominator, axis=-1, padtype="line")
+    level = np.median(ecg, axis=-1, keepdims=True)
+    return level + need("scipy.signal", "resampling").resample_poly(ecg - level, ratio.numerator, ratio.denominator, axis=-1, padtype="line")
 
 
 def preprocess(
@@ -371,7 +376,7 @@ class Records:
     source: np.ndarray  # (N,) int16, index into sources
     paths: np.ndarray  # (N,) bytes, below the root, without .hea; a synthetic record's index
     patients: np.ndarray  # (N,) int64; unknown patients are negative and all different
-    folds: np.ndarray  # (N,) int8, 1 to 10; 0 where the collection has none
+    folds: np.ndarray  # (N,) int8, 1 to 10; 0 where the collection has none, 11 for synthetic records that only train
     labels: np.ndarray | None  # (N, 44) uint8 in the order of STATEMENTS; None if a source has none
 
     def __len__(self) -> int:
@@ -434,7 +439,7 @@ def find_records(data: str, *, sample_rate_hz: float = 500, seed: int = 0) -> Re
         rows = [(row["path"], int(row["subject_id"])) for row in read_table(root / "record_list.csv", "path", "subject_id")]
         return as_records("mimic-iv-ecg", str(root), [path for path, _ in rows], [patient for _, patient in rows])
     found, lists = [], {"ptbxl_database.csv", "record_list.csv"}
-    inside = any(os.path.isfile(root.parent / name) for name in lists)
+    inside = any(os.path.isfile(above / name) for above in list(root.parents)[:4] for name in lists)
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
         if inside or lists & set(files):
@@ -498,6 +503,11 @@ def self_cut(multi, lead: str = "I"):
     return multi[..., i : i + 1, :], multi
 
 
+def lead_names(leads: str | Sequence[str]) -> tuple[str, ...]:
+    """One name, which is no sequence of letters here, or several."""
+    return (leads,) if isinstance(leads, str) else tuple(leads)
+
+
 def lead_index(lead: str) -> int:
     """Position in LEADS, whatever the case."""
     names = [name.upper() for name in LEADS]
@@ -517,14 +527,18 @@ class SelfCuttingDataset(Dataset):
     A record that cannot be read, is too short, lacks a lead, or is flat in a view raises ValueError naming it.
     """
 
-    def __init__(self, records, lead: str = "I", *, leads: Sequence[str] | None = None, sample_rate_hz: float = 500, multi: bool = True, **preprocessing):
+    def __init__(self, records, lead: str = "I", *, leads: str | Sequence[str] | None = None, sample_rate_hz: float = 500, multi: bool = True, **preprocessing):
         self.records, self.sample_rate_hz, self.preprocessing = records, sample_rate_hz, preprocessing
         self.lead = lead if lead == "all" else LEADS[lead_index(lead)]
         self.multi = multi
         self.reads = LEADS if multi or lead == "all" else (self.lead,)
         if isinstance(records, (np.ndarray, torch.Tensor)):
-            if leads is None or len(leads) != records.shape[1]:
-                raise ValueError(f"an array of shape {tuple(records.shape)} needs leads=, the names of its rows, e.g. leads=LEADS")
+            leads = () if leads is None else lead_names(leads)
+            if records.ndim != 3 or len(leads) != records.shape[1]:
+                raise ValueError(
+                    f"an array of shape {tuple(records.shape)} and {len(leads)} names of leads: expected (records, leads, samples) and "
+                    "leads=, a name for each row of a record, e.g. LEADS; of one record give ecg[None]"
+                )
             upper = [name.upper() for name in leads]
             missing = [name for name in self.reads if name.upper() not in upper]
             if missing:
@@ -696,10 +710,15 @@ def macro_auc(y: np.typing.ArrayLike, score: np.typing.ArrayLike) -> tuple[float
 def bootstrap_auc(y: np.typing.ArrayLike, score: np.typing.ArrayLike, groups=None, draws: int = 1000, seed: int = 0) -> np.ndarray:
     """AUC of every class in `draws` resamples of whole groups (patients), (draws, K); NaN for an absent class.
 
+    y, score: (N, K).  groups: (N,), one value a patient; None: each row is one.
+    `interval(draws[:, k])` is the interval of class k, `interval(np.nanmean(draws, 1))` that of macro_auc's mean.
     A draw without a positive or a negative of a present class is drawn again.  Which rows are drawn depends on
     (y, groups, seed) alone, so the difference of two results on one test set is a paired bootstrap.
     """
     y, score = as_scores(y, score)
+    if y.ndim != 2 or groups is not None and len(groups) != len(y):
+        of = "" if groups is None else f" with {len(groups)} groups"
+        raise ValueError(f"labels of shape {y.shape}{of}: expected (N, K), and a group for each of the N")
     rng = np.random.default_rng(seed)
     group_of = np.arange(len(y)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     G = group_of.max() + 1
@@ -729,8 +748,10 @@ def bootstrap_auc(y: np.typing.ArrayLike, score: np.typing.ArrayLike, groups=Non
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap draws, (low, high); NaN if there is nothing to draw from."""
+    """Percentile interval of bootstrap draws (R,) of one number, (low, high); NaN if there is nothing to draw from."""
     values = np.asarray(values)
+    if values.ndim != 1:
+        raise ValueError(f"draws of shape {values.shape}: expected (R,), those of one class or of a mean")
     if not np.isfinite(values).all():
         return math.nan, math.nan
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
@@ -747,8 +768,8 @@ def retrieval(single: torch.Tensor, multi: torch.Tensor, k: Sequence[int] = (1, 
     N = len(single)
     if single.ndim != 2 or single.shape != multi.shape or not N:
         raise ValueError(f"embeddings of shape {tuple(single.shape)} and {tuple(multi.shape)}: expected (N, D) twice")
-    if min(k) < 1 or max(k) > N:
-        raise ValueError(f"k = {max(k)} of {N} records: expected 1 to {N}")
+    if not all(1 <= n <= N for n in k):
+        raise ValueError(f"k = {', '.join(map(str, k))} of {N} records: expected 1 to {N}")
     single, multi = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (single, multi))
     if not (torch.isfinite(single).all() and torch.isfinite(multi).all()):
         raise ValueError("embeddings hold NaN or infinity")
@@ -1065,7 +1086,7 @@ def _per_record(name, values, n, choices=None, low=None, high=None):
 
 
 def synthesize(n: int, seed: int = 0, *, first: int = 0, types=None, stage=None, severity=None, sample_rate_hz: float = 500,
-               seconds: float = 10., noise: float = 1., heart_rate=None, leads: Sequence[str] = LEADS, details: bool = False):
+               seconds: float = 10., noise: float = 1., heart_rate=None, leads: str | Sequence[str] = LEADS, details: bool = False):
     """Synthetic ECG of n patients: (x (n, len(leads), T) float32 in mV, y (n, 44) uint8 in STATEMENTS' columns).
 
     Record first + i depends on (seed, first + i) and the settings only, not on n, the order or the process. types (NORM,
@@ -1078,7 +1099,7 @@ def synthesize(n: int, seed: int = 0, *, first: int = 0, types=None, stage=None,
                                    ("sample_rate_hz", sample_rate_hz, 50, 2000), ("seconds", seconds, 1, 3600)):
         if not low <= value <= high:
             raise ValueError(f"{name}={value} is out of range: choose from {low} to {high}")
-    leads = tuple(leads)
+    leads = lead_names(leads)
     if not set(leads) <= set(LEADS):
         raise ValueError(f"leads={leads!r}: choose from {', '.join(LEADS)}")
     kinds = None if types is None else _per_record("types", types, n, SYNTHETIC_TYPES)
@@ -1231,15 +1252,16 @@ class Detector:
         batch = ecg.reshape((1,) * (3 - ecg.ndim) + ecg.shape) if 1 <= ecg.ndim <= 3 else ecg
         if batch.ndim != 3 or batch.shape[1] != L:
             raise ValueError(f"a recording of shape {ecg.shape}: expected ({L}, samples){', or (samples,)' * (L == 1)}; several as (recordings, {L}, samples)")
-        width, mean = round(10 * self.sample_rate_hz), []
-        for one in batch:
-            one = resample(fill(one), sample_rate_hz, self.sample_rate_hz)
+        width, ratio, mean = round(10 * self.sample_rate_hz), sample_rate_hz / self.sample_rate_hz, []
+        for raw in map(fill, batch):
+            one = resample(raw, sample_rate_hz, self.sample_rate_hz)
             T = one.shape[1]
             starts = np.linspace(0, max(0, T - width), max(1, math.ceil(T / width - 0.01))).round().astype(int)
-            windows = [one[:, start:][:, :width] for start in starts]
-            windows = [preprocess(w, sample_rate_hz=self.sample_rate_hz, **self.preprocessing) for w in windows if np.ptp(w, axis=1).any()]
-            if not windows:
+            # Flat as recorded: beside an ECG the filter of the new rate leaves a little of it.
+            starts = [start for start in starts if np.ptp(raw[:, round(start * ratio) : round((start + width) * ratio)], axis=1).any()]
+            if not starts:
                 raise ValueError("the recording is flat")
+            windows = [preprocess(one[:, start:][:, :width], sample_rate_hz=self.sample_rate_hz, **self.preprocessing) for start in starts]
             parts = torch.from_numpy(np.stack(windows)).split(32)  # a recording of 24 hours has 8,640 windows
             mean.append(torch.cat([self.answer(part) for part in parts]).mean(0))
         mean = torch.stack(mean).numpy()
@@ -1266,16 +1288,16 @@ TIME_UNIT = re.compile(r"(?i)(?<![a-z])(min|[nuµμm]s)")
 
 
 def read_recording(
-    path: str | os.PathLike, leads: Sequence[str], *, sample_rate_hz: float | None = None, unit: str | None = None, column: str | None = None
+    path: str | os.PathLike, leads: str | Sequence[str], *, sample_rate_hz: float | None = None, unit: str | None = None, column: str | None = None
 ) -> tuple[np.ndarray, float, list[str]]:
     """((L, T) float64 in mV, sample rate in Hz, warnings) of a WFDB record, a .npy array or a table in text.
 
     .npy: (T,), (L, T) or (T, L), twelve leads in the order of LEADS.  Text (.csv, .tsv, .txt): a line for each sample, above
     them any header, in which names, unit and rate are looked for; a column of times gives the rate too.  The arguments go
-    before what the file says; unit defaults to mV.  What is not clear is not guessed: ValueError names the file and the
-    argument that helps.  Also where it is unreadable, lacks a lead or has no finite sample.
+    before what the file says.  Where it states no unit, it is mV, and one column without a name is the lead asked for.  What else
+    is not clear is not guessed: ValueError names the file and the argument that helps.  Also where it is unreadable, lacks a lead or has no finite sample.
     """
-    path, kind, said, rates = str(path), os.path.splitext(path)[1].lower(), [], {"--sample-rate": sample_rate_hz}
+    path, kind, leads, said, rates = str(path), os.path.splitext(path)[1].lower(), lead_names(leads), [], {"--sample-rate": sample_rate_hz}
     if kind not in (".npy", ".csv", ".tsv", ".txt"):
         ecg, rates["header"] = read_wfdb(path, leads)
         said += ["--unit and --column are ignored: a WFDB record says both"] if unit or column else []
@@ -1451,7 +1473,7 @@ def nan_to_none(content):
     """JSON has no NaN."""
     if isinstance(content, dict):
         return {key: nan_to_none(value) for key, value in content.items()}
-    if isinstance(content, list):
+    if isinstance(content, (list, tuple)):
         return [nan_to_none(value) for value in content]
     return None if isinstance(content, float) and math.isnan(content) else content
 
@@ -1492,7 +1514,8 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
 
     def seen(entries: list[dict]) -> str:
         folds = lambda e: " ".join(map(str, e.get("folds", "?")))
-        said = [f"{e['data']}, {e.get('records', 'unknown')} records with{'' if e['labels'] else 'out'} labels, folds {folds(e)}" for e in entries]
+        how = lambda e: "chosen by " if e.get("use") == "validation" else ""
+        said = [f"{how(e)}{e['data']}, {e.get('records', 'unknown')} records with{'' if e['labels'] else 'out'} labels, folds {folds(e)}" for e in entries]
         return "; ".join(said) or "nothing"
 
     shown = lambda c, key: "absent" if c[key] is None or c[key] != c[key] else f"{c[key]:.3f} ({c['low']:.3f} to {c['high']:.3f})"
@@ -1538,7 +1561,7 @@ class Config:
     )
     limit: int | None = flag(None, "use the first N records of each collection only", type=int, metavar="N")
     out: str = flag("", "folder of the run", metavar="DIR")
-    lead: str | None = flag(None, "the single lead (default: the checkpoint's, else I)")
+    lead: str | None = flag(None, "the single lead, or all: twelve (default: the checkpoint's, else I)")
     size: str | None = flag(None, "encoder made at random (default: the checkpoint's, else ecgfounder)", choices=tuple(SIZES))
     sample_rate: float | None = flag(None, "sample rate in Hz (default: the checkpoint's, else 500)", type=float)
     normalize: str | None = flag(None, "(default: the checkpoint's, else zscore)", choices=("zscore", "none"))
@@ -1548,7 +1571,7 @@ class Config:
     epochs: int = flag(20, "passes over the training records", type=int)
     batch_size: int = flag(0, "records in a batch of one process", type=int)
     lr: float = flag(0.0, "peak learning rate, cosine to 0", type=float)
-    amp: str = flag("auto", "mixed precision; auto: bf16 on a GPU that has it, fp16 on others, off without", choices=("auto", "bf16", "fp16", "off"))
+    amp: str = flag("auto", "mixed precision of the training; auto: bf16 on a GPU that has it, fp16 on others, off without", choices=("auto", "bf16", "fp16", "off"))
     workers: int | None = flag(None, "processes that read records (default: the cores, shared out)", type=int)
     cache: str | None = flag(None, "folder for signals and teacher embeddings, or none (default: `cache` beside OUT)", metavar="DIR")
     seed: int = flag(0, "seed of weights and order", type=int)
@@ -1790,7 +1813,7 @@ def open_run(config, ranks: Ranks) -> Path:
 
 # Settings that may change when a run goes on: they change what is printed or how fast it is, not what is computed; `restore`
 # compares the precision that --amp comes to.
-FREE_ON_RESUME = ("amp", "compile", "out", "workers", "cache", "resume", "overwrite", "debug", "device", "save_seconds")
+FREE_ON_RESUME = ("amp", "compile", "compare", "out", "workers", "cache", "resume", "overwrite", "debug", "device", "save_seconds")
 
 
 def read_last(config, out: Path, ranks: Ranks) -> dict | None:
@@ -1900,24 +1923,23 @@ def demo_settings(config, demo: dict, ranks: Ranks):
 def gather_records(config, rate_hz: float, stream: int) -> Records:
     """All collections of --data, each cut to --limit; `stream` keeps the synthetic records of the two scripts apart.
 
-    Beside real records synthetic ones only train: they are moved to a fold that neither validates nor tests.
+    Beside real records synthetic ones only train: they are moved to an eleventh fold, which neither validates nor tests.
     """
     found = [find_records(data, sample_rate_hz=rate_hz, seed=stream)[: config.limit] for data in config.data]
     kinds = [records.sources[0][0] for records in found]
     if set(kinds) - {"synthetic"}:
-        training = min({1, 2, 3} - {config.val_fold, config.test_fold})
-        found = [dataclasses.replace(r, folds=np.full_like(r.folds, training)) if kind == "synthetic" else r for kind, r in zip(kinds, found)]
+        found = [dataclasses.replace(r, folds=np.full_like(r.folds, 11)) if kind == "synthetic" else r for kind, r in zip(kinds, found)]
     return functools.reduce(Records.__add__, found)
 
 
-def data_seen(records: Records, labels: bool) -> list[dict]:
-    """Provenance: what a checkpoint says of the records it was trained on."""
+def data_seen(records: Records, labels: bool, **more) -> list[dict]:
+    """Provenance: what a checkpoint says of the records it was trained on, or with use="validation" was chosen by."""
     seen = []
     for s in np.unique(records.source):
         kind, root = records.sources[s]
-        folds = sorted(int(f) for f in np.unique(records.folds[records.source == s]) if f)
+        folds = sorted(int(f) for f in np.unique(records.folds[records.source == s]) if 1 <= f <= 10)
         name = kind if kind in ("ptb-xl", "mimic-iv-ecg") else f"{kind}:{Path(root).name}"
-        seen.append({"data": name, **({"folds": folds} if folds else {}), "labels": labels, "records": int((records.source == s).sum())})
+        seen.append({"data": name, **({"folds": folds} if folds else {}), "labels": labels, "records": int((records.source == s).sum()), **more})
     return seen
 
 
@@ -2090,7 +2112,7 @@ def write_row(file, array: np.ndarray, row: int, value: np.ndarray) -> None:
         data, at = data[n:], at + n
 
 
-CACHE_VERSION = 4  # raise it when read_ecg, preprocess or synthesize return something else than before
+CACHE_VERSION = 5  # raise it when read_ecg, preprocess or synthesize return something else than before
 
 
 def read_pairs(config, records: Records, view: View, ranks: Ranks, what: str, teacher: ResNet1D | None = None) -> Pairs:

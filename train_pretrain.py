@@ -62,9 +62,9 @@ def main(config: PretrainConfig) -> dict:
         return last["entry"]
 
     teacher.to(ranks.device)
-    seen = teacher.seen + single.seen + selfmis.data_seen(train, labels=False)
-    train = selfmis.read_pairs(config, train, view, ranks, "training", teacher)
-    val = selfmis.read_pairs(config, val, view, ranks, "validation", teacher)
+    train, val = (selfmis.read_pairs(config, records, view, ranks, what, teacher) for records, what in ((train, "training"), (val, "validation")))
+    seen = teacher.seen + single.seen + selfmis.data_seen(train.dataset.records[train.usable], labels=False)
+    seen += selfmis.data_seen(val.dataset.records[val.usable], labels=False, use="validation")
     B, W = config.batch_size, ranks.world
     steps = len(selfmis.epoch_batches(train.usable, config, 0, ranks))  # of one epoch
     resident = train.make_resident()
@@ -92,7 +92,7 @@ def main(config: PretrainConfig) -> dict:
         f"training {sum(p.numel() for p in model.parameters()):,} parameters on lead {view.lead}, {view.sample_rate_hz:g} Hz, {view.preprocessing['normalize']}"
         f" (filter {view.preprocessing['filter']}) with {W} process(es) on {ranks.device.type}, amp {amp}{', all pairs in GPU memory' if resident else ''}\n"
         f"{len(train.usable):,} records, {steps:,} steps an epoch, {B if config.local_negatives else B * W} records in the loss of a step; {len(val.usable):,} validate\n"
-        f"teacher: mean pairwise cosine {validator.cone:.2f} (with b = 0, Eq. (3) needs this common direction to turn away from)"
+        f"teacher: mean pairwise cosine {validator.cone:.2f}{' (without a bias Eq. (3) learns the rarity of a match by it: bad near 0, and near 1)' * (config.loss == 'paper')}"
     )
     if ranks.first and not last:
         counts = dict(training_records=len(train.usable), validation_records=len(val.usable), steps=steps, teacher_cone=validator.cone)
@@ -150,8 +150,10 @@ def main(config: PretrainConfig) -> dict:
     ranks.print(f"cost: {selfmis.say_cost(spent)} trained; both encoders")
     chance = 100 / len(val.usable)
     labelled = [root for kind, root in all_records.sources if kind == "ptb-xl"]
-    data = "" if config.data == DEMO["data"] else f" --data {labelled[0] if labelled else 'ptb-xl'}"
-    ranks.print(f"best validation loss {progress['best']:.4f}; chance R@1 is {chance:.2f} %\nnext: python train_probe.py --encoder {out / 'best.pt'}{data}")
+    flags = "" if config.data == DEMO["data"] else f" --data {labelled[0] if labelled else 'ptb-xl'}"
+    if labelled:  # the same folds, or the probe would test on records seen here
+        flags += "".join(f" --{name} {fold}" for name, fold, usual in (("val-fold", config.val_fold, 9), ("test-fold", config.test_fold, 10)) if fold != usual)
+    ranks.print(f"best validation loss {progress['best']:.4f}; chance R@1 is {chance:.2f} %\nnext: python train_probe.py --encoder {out / 'best.pt'}{flags}")
     return progress["entry"]
 
 
@@ -275,7 +277,7 @@ class Validator:
         plateau = selfmis.prior_plateau(min(VALIDATION_BATCH, len(self.rows)))
         if self.loss != "softmax" and plateau and abs(loss / plateau - 1) < 0.03:
             remedy = "if it stays: --loss learnable, --warmup, another --lr"
-            print(f"warning: constant logits give {plateau:.2f}, so nothing but the prior is learned yet; {remedy}", flush=True)
+            print(f"warning: the best constant logit gives {plateau:.2f} too, so nothing but the prior is learned yet; {remedy}", flush=True)
 
 
 class Clock:

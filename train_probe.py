@@ -5,7 +5,8 @@
     python train_probe.py --data ptb-xl --finetune --lead all --out runs/teacher         # a supervised 12-lead network
 
 Trains on all folds but two, chooses on the validation fold, and touches the test fold once, at the end.  Writes
-OUT/probe.pt (not with --rotate), results.json, results.md, roc.png, predictions.npz and config.json; with --finetune best.pt and last.pt too.
+OUT/probe.pt (not with --rotate), results.json, results.md, roc.png, predictions.npz and config.json; with --finetune best.pt, last.pt
+and log.jsonl too.
 --fractions 0.25 0.5 1 --seeds 5 is Table 3; --rotate tests on every fold in turn; --compare RUN sets this run beside another.
 """
 
@@ -57,7 +58,9 @@ def main(config: ProbeConfig) -> dict:
     started = time.time()
     ranks = selfmis.join_ranks(config.device, config.seed)
     if not config.data:
-        config = selfmis.demo_settings(config, {k: v for k, v in DEMO.items() if k in ("data", "baseline") or config.encoder == "random"}, ranks)
+        own = {"size", "sample_rate"} if config.encoder != "random" else set()  # an encoder that has a size and a rate
+        own |= {"baseline"} if config.finetune else set()
+        config = selfmis.demo_settings(config, {k: v for k, v in DEMO.items() if k not in own}, ranks)
     check_flags(config)
     encoder = selfmis.open_encoder(config.encoder, 0, config.size)
     # A 12-lead encoder may be asked for one lead, so its own lead ("all") is only the default.
@@ -83,12 +86,12 @@ def main(config: ProbeConfig) -> dict:
     if config.resume and (out / "results.json").exists():
         results = json.loads((out / "results.json").read_text())
         now = json.loads(json.dumps(dataclasses.asdict(config)))
-        if any(now[name] != results["config"][name] for name in now if name in results["config"] and name not in (*selfmis.FREE_ON_RESUME, "compare")):
+        if any(now[name] != results["config"][name] for name in now if name in results["config"] and name not in selfmis.FREE_ON_RESUME):
             raise ValueError(f"--resume: {out} holds the results of other settings, see its config.json; give another --out, or --overwrite")
         ranks.print(f"{out}: finished already, see {out / 'results.md'}")
         if ranks.first:
             compare(out, config.compare)
-        return {}
+        return results
     pairs = selfmis.read_pairs(config, records, view, ranks, "records")
     splits = split_by_fold(records, pairs.usable, config)
     split, test = splits[0], np.concatenate([split["test"] for split in splits])
@@ -105,13 +108,13 @@ def main(config: ProbeConfig) -> dict:
 
     y = records.labels.astype(np.float32)
     shown = Shown(encoder, pairs, view, ranks)
-    content, heads = finetune(config, shown, y, split, out, ranks) if config.finetune else probe_frozen(config, shown, y, splits, ranks)
+    content, heads, earlier = finetune(config, shown, y, split, out, ranks) if config.finetune else (*probe_frozen(config, shown, y, splits, ranks), 0)
     ranks.barrier()
     if not ranks.first:
         return {}
 
     results = evaluate(heads, records.labels[test], records.folds[test], records.patient_keys()[test])
-    results |= dict(config=dataclasses.asdict(config), cost=shown.cost(), minutes=(time.time() - started) / 60)
+    results |= dict(config=dataclasses.asdict(config), cost=shown.cost(), minutes=earlier + (time.time() - started) / 60)
     first = next(iter(heads))
     chosen, *others = at_full(heads[first])  # the head that detects and is drawn
     own = results
@@ -119,16 +122,21 @@ def main(config: ProbeConfig) -> dict:
         own = summarize(*mean_auc([chosen.logits], records.labels[test], records.folds[test], records.patient_keys()[test]), records.labels[test])
     if not config.rotate:
         labelled = split["train"] if config.finetune else part_of(split["train"], chosen.fraction, chosen.seed)
-        detector = as_detector(chosen, records.labels[split["val"]]) | dict(head_seen=selfmis.data_seen(records[labelled], labels=True))
+        head_seen = selfmis.data_seen(records[labelled], labels=True) + selfmis.data_seen(records[split["val"]], labels=True, use="validation")
+        detector = as_detector(chosen, records.labels[split["val"]]) | dict(head_seen=head_seen)
         results["reliability"] = reliability(chosen.logits, records.labels[test], detector["temperature"])
         said = dict(results={name: selfmis.nan_to_none(own[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"])
         selfmis.save(out / "probe.pt", content | detector | said | dict(kind="probe", config=results["config"]) | selfmis.environment())
     save_predictions(out / "predictions.npz", heads, records, test, None if config.rotate else split["val"])
-    draw_roc(out / "roc.png", within_folds(chosen.logits, records.folds[test]), records.labels[test], own)
-    table = as_table(results)
-    if len(config.fractions) > 1:
-        table += f"\n\nAUC by share of the training labels, mean ± standard deviation over {config.seeds} seed(s)\n{as_fractions(results['runs'])}"
     folds = f"fold {config.test_fold}" if not config.rotate else "each fold in turn"
+    draw_roc(out / "roc.png", within_folds(chosen.logits, records.folds[test]), records.labels[test], own, f"{first} head, seed {chosen.seed}, {folds}")
+    table = as_table(results)
+    if len(set(config.fractions)) > 1:
+        table += f"\n\nAUC by share of the training labels, mean ± standard deviation over {config.seeds} seed(s)\n{as_fractions(results)}"
+    if config.seeds > 1:
+        folds += f", mean of {config.seeds} seeds"
+    if chosen.fraction < 1:
+        folds += f", {100 * chosen.fraction:g} % of the training labels"
     (out / "results.md").write_text(f"{config.encoder}, lead {view.lead}, {view.sample_rate_hz:g} Hz, tested on {folds}\n\n{table}\n")
     selfmis.write_json(out / "results.json", results)  # with it the run is finished
     patients = len(np.unique(records.patient_keys()[test]))
@@ -152,8 +160,12 @@ def check_flags(config: ProbeConfig) -> None:
     kinds = {data.startswith("synthetic:") for data in config.data}
     if config.synthetic_only and (len(kinds) < 2 or config.rotate):
         raise ValueError("--synthetic-only: give real and synthetic --data, e.g. --data synthetic:15000 --data ptb-xl, and no --rotate")
+    if config.rotate and (config.val_fold, config.test_fold) != (ProbeConfig.val_fold, ProbeConfig.test_fold):
+        raise ValueError("--rotate: every fold tests in turn, and the one before it validates; leave --val-fold and --test-fold out")
     if config.rotate and len(kinds) > 1:
         raise ValueError("--rotate: synthetic records beside real ones would be tested too; leave one of them out")
+    if config.finetune and config.head != "both":
+        raise ValueError("--finetune trains its own head with the encoder; probe its best.pt with --head")
     if config.finetune and (config.seeds > 1 or config.baseline or config.rotate or len(config.fractions) > 1):
         others = "--seeds, --baseline, --rotate or several fractions"
         raise ValueError(f"--finetune trains one network: repeat it with another --seed, --fractions and --out instead of {others}")
@@ -190,10 +202,10 @@ def part_of(rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def describe(config: ProbeConfig, records: Records, split: dict, unlabelled: int, view, encoder, ranks: Ranks) -> None:
     """What is trained and tested on, so that a wrong copy of the data is noticed."""
     positives = {name: records.labels[rows].sum(0) for name, rows in split.items()}
-    usable = ", ".join(f"{len(rows):,} {name}" for name, rows in split.items())
-    ranks.print(f"{len(records):,} records with a diagnostic statement ({unlabelled:,} without one left out); usable: {usable}")
+    usable, turn = ", ".join(f"{len(rows):,} {name}" for name, rows in split.items()), " in the first turn" if config.rotate else ""
+    ranks.print(f"{len(records):,} records with a diagnostic statement ({unlabelled:,} without one left out); usable{turn}: {usable}")
     each = (f"{t} " + "/".join(str(positives[name][STATEMENTS.index(t)]) for name in split) for t in MI_TYPES)
-    ranks.print(f"positives (train/val/test): {'  '.join(each)}")
+    ranks.print(f"positives{turn} (train/val/test): {'  '.join(each)}")
     ranks.print(
         f"{'fine-tuning' if config.finetune else 'probing'} an encoder of {sum(p.numel() for p in encoder.parameters()):,} parameters "
         f"({config.encoder}) on lead {view.lead}, {view.sample_rate_hz:g} Hz, {view.preprocessing['normalize']} "
@@ -202,15 +214,15 @@ def describe(config: ProbeConfig, records: Records, split: dict, unlabelled: int
 
 
 def warn_if_seen(seen: list[dict], records: Records, test: np.ndarray, config: ProbeConfig, ranks: Ranks) -> None:
-    """Training data of the encoder or its teacher among the test records; after labels of these data no rotation."""
+    """Data that trained or chose the encoder or its teacher among the test records; after labels of these data no rotation."""
     for tested in selfmis.data_seen(records[test], labels=True):
         for entry in seen:
             folds = sorted(set(tested.get("folds", ())) & set(entry.get("folds", range(1, 11)))) if entry["data"] == tested["data"] else []
-            where = f"fold {', '.join(map(str, folds))} of {tested['data']}"
+            how = "chosen by" if entry.get("use") == "validation" else "trained on"
+            how += f" fold {', '.join(map(str, folds))} of {tested['data']} with{'' if entry['labels'] else 'out'} labels"
             if config.rotate and folds and entry["labels"]:
-                raise ValueError(f"--rotate: {config.encoder} or its teacher was trained with labels of {where}, so it cannot be tested there")
+                raise ValueError(f"--rotate: {config.encoder} or its teacher was {how}, so it cannot be tested there")
             if folds:
-                how = f"trained on {where} with{'' if entry['labels'] else 'out'} labels"
                 ranks.print(f"warning: the encoder or its teacher was {how}; the test is not clean")
 
 
@@ -281,18 +293,18 @@ def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits
     """Every head, fraction and seed; the test folds are scored and nothing else.  Of several splits the last head is kept."""
     x, target, heads = torch.from_numpy(features), torch.from_numpy(y), {}
     for head, train in (("adam", adam_head), ("logistic", logistic_head)):
-        for fraction in sorted(config.fractions, reverse=True) if config.head in (head, "both") else ():
+        for fraction in sorted(set(config.fractions), reverse=True) if config.head in (head, "both") else ():
             for seed in range(config.seed, config.seed + config.seeds):
                 if head == "logistic" and fraction == 1 and seed > config.seed:
                     continue  # it has one solution
                 logits = []
-                for split in splits:
+                for turn, split in enumerate(splits, 1):
                     rows, val = part_of(split["train"], fraction, seed), split["val"]
                     weight, bias, said = train(x[rows], target[rows], x[val], target[val], config, seed)
                     logits.append(score(features[split["test"]], weight, bias))
                     validation = score(features[val], weight, bias)
                     means = group_means(selfmis.macro_auc(y[val], validation)[1])
-                    labels = f", {len(rows):,} labels" if fraction < 1 else ""
+                    labels = (f", {len(rows):,} labels" if fraction < 1 else "") + (f", turn {turn} of {len(splits)}" if len(splits) > 1 else "")
                     ranks.print(f"{head} head, seed {seed}{labels}: {said} (nine {means['nine']:.4f}, six {means['six']:.4f})")
                 heads.setdefault(head, []).append(Fit(seed, fraction, weight, bias, np.concatenate(logits), validation))
     return heads
@@ -424,25 +436,29 @@ class Classifier(nn.Module):
         return self.head(self.encoder(x))
 
 
-def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out: Path, ranks: Ranks) -> tuple[dict, dict[str, list[Fit]]]:
-    """Supervised training of encoder and head with Table 8's recipe and Table 7's clipping; (the best epoch's part of a checkpoint, its head).
+def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out: Path, ranks: Ranks) -> tuple[dict, dict[str, list[Fit]], float]:
+    """Supervised training of encoder and head with Table 8's recipe and Table 7's clipping.
 
-    best.pt is the epoch of the best validation macro AUC.
+    Returns (the best epoch's part of a checkpoint, its head, minutes that earlier starts took).  best.pt is the epoch of the
+    best validation macro AUC.
     """
+    began = time.time()
     model = Classifier(shown.encoder).to(ranks.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     precision, scaler, amp = selfmis.autocast(ranks.device, config.amp)
-    progress = dict(epoch=0, best=-math.inf, best_epoch=0, entry={})
+    progress = dict(epoch=0, best=-math.inf, best_epoch=0, entry={}, minutes=0.0)
     last = selfmis.read_last(config, out, ranks)
     if last:
         selfmis.restore(last, model, optimizer, scaler, amp, out)
         progress = {name: last[name] for name in progress}
         ranks.print(f"{out}: going on at epoch {progress['epoch'] + 1}")
+    earlier = progress["minutes"]
     if config.resume and ranks.first:
         selfmis.rewind_log(out / "log.jsonl", progress["epoch"], 0, progress["entry"])
     ddp = selfmis.distribute(model, config, ranks)
     shown.pairs.make_resident()
-    seen = shown.encoder.seen + selfmis.data_seen(shown.pairs.dataset.records[split["train"]], labels=True)
+    train, val = (shown.pairs.dataset.records[split[part]] for part in ("train", "val"))
+    seen = shown.encoder.seen + selfmis.data_seen(train, labels=True) + selfmis.data_seen(val, labels=True, use="validation")
     head = lambda: (model.head.weight.detach().cpu().clone(), model.head.bias.detach().cpu().clone())
     content = lambda: selfmis.encoder_content(model.encoder, shown.view, seen) | dict(kind="finetune", head=head(), config=dataclasses.asdict(config))
     train, W = split["train"], ranks.world
@@ -474,6 +490,7 @@ def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out:
         improved = auc > progress["best"]
         entry = dict(epoch=epoch + 1, train_loss=loss, val_macro_auc=auc, records_per_second=rate)
         progress |= dict(epoch=epoch + 1, best=max(auc, progress["best"]), best_epoch=epoch + 1 if improved else progress["best_epoch"], entry=entry)
+        progress["minutes"] = earlier + (time.time() - began) / 60
         if ranks.first:
             if improved:
                 best = content()
@@ -486,7 +503,7 @@ def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out:
     selfmis.load_strictly(model.encoder, weights["encoder"], out / "best.pt")
     features = shown.features(np.concatenate([split["val"], split["test"]]))
     logits = (score(features[split[part]], *weights["head"]) for part in ("test", "val"))
-    return weights, {"finetune": [Fit(config.seed, config.fractions[0], *weights["head"], *logits)]}
+    return weights, {"finetune": [Fit(config.seed, config.fractions[0], *weights["head"], *logits)]}, earlier
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -614,7 +631,7 @@ def read_predictions(folder: Path, labels: np.ndarray, folds: np.ndarray, patien
 
 
 def compare(out: Path, others: list[str]) -> None:
-    """This finished run minus others, head by head (or, where the other has no such head, its first); into results.json and results.md."""
+    """This finished run minus others, head by head, a fine-tuned one minus each of the other's; into results.json and results.md."""
     if not others:
         return
     with np.load(out / "predictions.npz") as saved:
@@ -624,8 +641,9 @@ def compare(out: Path, others: list[str]) -> None:
     mine = {head: mean_auc(logits, *test) for head, logits in read_predictions(out, *test).items()}
     for other in others:
         theirs = {head: mean_auc(logits, *test) for head, logits in read_predictions(Path(other), *test).items()}
-        pairs = {head: head if head in theirs else next(iter(theirs)) for head in mine}
-        compared[other] = {f"{a} - {b}": summarize(mine[a][0] - theirs[b][0], mine[a][1] - theirs[b][1], test[0]) for a, b in pairs.items()}
+        encoders = [head for head in theirs if not head.endswith("random_encoder")]  # the baseline beside them has no other partner
+        pairs = [(a, b) for a in mine for b in ([a] if a in theirs else [] if a.endswith("random_encoder") else encoders)]
+        compared[other] = {f"{a} - {b}": summarize(mine[a][0] - theirs[b][0], mine[a][1] - theirs[b][1], test[0]) for a, b in pairs}
     said = []
     for other, heads in compared.items():
         table = as_table(dict(heads=heads, types=results["types"]), "{:+.3f}")
@@ -679,19 +697,20 @@ def as_table(results: dict, form: str = "{:.3f}") -> str:
     return "\n".join(lines)
 
 
-def as_fractions(runs: list[dict]) -> str:
-    """Table 3: the same rows, a column for each head and share of the labels."""
+def as_fractions(results: dict) -> str:
+    """Table 3: the types and their means, a column for each head and share of the labels."""
     cells = {}
-    for run in runs:
-        cells.setdefault(f"{run['head']}, {100 * run['fraction']:g} %", []).append([*(run["types"][t] for t in MI_TYPES), *(run[group] for group in GROUPS)])
-    lines = ["| | " + " | ".join(cells) + " |", "|---|" + "---|" * len(cells)]
-    for i, row in enumerate((*MI_TYPES, *NAMES.values())):
-        values = [[run[i] for run in rows] for rows in cells.values()]
-        lines.append(f"| {row} | " + " | ".join(f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") for v in values) + " |")
+    for run in results["runs"]:
+        cells.setdefault(f"{run['head']}, {100 * run['fraction']:g} %", []).append(run["types"] | {NAMES[group]: run[group] for group in GROUPS})
+    lines = ["| | positives | " + " | ".join(cells) + " |", "|---|--:|" + "---|" * len(cells)]
+    for row in (*MI_TYPES, *NAMES.values()):
+        values = [[run[row] for run in runs] for runs in cells.values()]
+        said = ["absent" if math.isnan(v[0]) else f"{np.mean(v):.3f}" + (f" ± {np.std(v, ddof=1):.3f}" if len(v) > 1 else "") for v in values]
+        lines.append(f"| {row} | {results['types'][row]['positives'] if row in results['types'] else ''} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 
-def draw_roc(path: Path, logits: np.ndarray, y: np.ndarray, results: dict) -> None:
+def draw_roc(path: Path, logits: np.ndarray, y: np.ndarray, results: dict, title: str) -> None:
     """ROC curves of the nine types."""
     try:
         from matplotlib.figure import Figure
@@ -699,7 +718,7 @@ def draw_roc(path: Path, logits: np.ndarray, y: np.ndarray, results: dict) -> No
         print(f"{path} is left out: it needs the package matplotlib")
         return
     figure = Figure(figsize=(5.5, 5.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1.005))
+    axes = figure.add_subplot(title=title, xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1.005))
     axes.plot([0, 1], [0, 1], color="0.8", lw=0.8)
     for t in MI_TYPES:
         k, c = STATEMENTS.index(t), results["types"][t]

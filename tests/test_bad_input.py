@@ -110,7 +110,7 @@ def test_wrong_empty_and_strange_roots(tmp_path):
 
 
 def test_a_part_of_a_collection_or_its_parent_has_no_folds_and_is_refused(tmp_path, ptbxl, mimic):
-    for data in (ptbxl.parent, ptbxl / "records100", mimic / "files"):
+    for data in (ptbxl.parent, ptbxl / "records100", ptbxl / "records100/00000", mimic / "files", mimic / "files/p1000/p10000003/s7"):
         with pytest.raises(ValueError, match="give the folder of its ptbxl_database.csv or record_list.csv"):
             selfmis.find_records(str(data), sample_rate_hz=100)
 

@@ -27,6 +27,8 @@ def test_leads_are_found_by_name_and_units_become_millivolts(tmp_path, ecg, name
     assert got.dtype == np.float32 and got.shape == ecg.shape
     np.testing.assert_allclose(got, ecg, atol=1.01e-3)
     np.testing.assert_array_equal(read_ecg(tmp_path / "r", ["avl", "I"], 100), got[[4, 0]])
+    np.testing.assert_array_equal(read_ecg(tmp_path / "r", "II", 100), got[1:2])  # a name, not two leads I
+    np.testing.assert_array_equal(selfmis.synthesize(1, 3, leads="II", sample_rate_hz=100)[0][0], ecg[1:2])
 
 
 def test_invalid_samples_become_zero(tmp_path, ecg):
@@ -52,6 +54,14 @@ def test_resampling_keeps_a_slow_sine_its_offset_and_the_duration(rate, to):
     inner = slice(to, 9 * to)
     np.testing.assert_allclose(got[:, inner], wave(to)[:, inner], atol=0.01)
     assert np.abs(got - 0.7).max() < 1.2  # the ends do not ring
+
+
+@pytest.mark.parametrize("rate, to", [(100, 500), (360, 500), (512, 100), (500, 100)])
+def test_resampling_keeps_a_flat_lead_flat_and_forgets_no_offset(ecg, rate, to):
+    """Else the z-score makes an ECG of the ripple that a filter leaves on a constant."""
+    assert (resample(np.full((1, 10 * rate), 0.3), rate, to) == 0.3).all()
+    ecg = ecg.astype(np.float64)
+    np.testing.assert_allclose(resample(ecg + 300, rate, to) - 300, resample(ecg, rate, to), atol=1e-9)
 
 
 def test_resampling_removes_what_would_fold():
@@ -114,8 +124,9 @@ def test_each_view_is_preprocessed_on_its_own(ecg):
 
 
 def test_arrays_need_named_rows_and_may_come_in_any_order(ecg):
-    with pytest.raises(ValueError, match="leads="):
-        SelfCuttingDataset(ecg[None])
+    for array, names, said in ((ecg[None], None, "0 names"), (ecg, LEADS, r"\(12, 1000\).*ecg\[None\]"), (ecg.T[None], LEADS, r"\(1, 1000, 12\)")):
+        with pytest.raises(ValueError, match=f"{said}.*leads=" if names is None else said):
+            SelfCuttingDataset(array, leads=names)
     order = [LEADS.index(name) for name in MIMIC_ORDER]
     one = SelfCuttingDataset(ecg[None], leads=LEADS, sample_rate_hz=100)[0]
     other = SelfCuttingDataset(ecg[order][None], leads=MIMIC_ORDER, sample_rate_hz=100)[0]
@@ -161,7 +172,7 @@ def test_collections_can_be_mixed(ptbxl, mimic):
 def test_synthetic_records_beside_real_ones_only_train(ptbxl):
     config = type("C", (), dict(data=[str(ptbxl), "synthetic:30"], limit=None, val_fold=1, test_fold=2))
     both = selfmis.gather_records(config, 100, 7)
-    assert both.sources[1] == ("synthetic", "7") and set(both.folds[80:].tolist()) == {3}
+    assert both.sources[1] == ("synthetic", "7") and set(both.folds[80:].tolist()) == {11}
     assert len(np.unique(both.patient_keys())) == 110
     config.data = ["synthetic:30"]
     assert set(selfmis.gather_records(config, 100, 7).folds.tolist()) == set(range(1, 11))
@@ -224,6 +235,13 @@ def test_a_cache_is_reused_shared_and_never_stale(tmp_path, ptbxl, teacher, monk
     assert number_read(view=VIEW._replace(lead="II")) == 80 and files() == 8  # another lead: signals anew, embeddings kept
     assert number_read(view=VIEW._replace(preprocessing={"normalize": "none", "filter": "none"})) == 80
     assert number_read(records=records[np.arange(79)]) == 79
+
+
+def test_the_cache_s_version_goes_with_what_is_cached():
+    """A number of all types: if it changes, caches of before hold other records under the same name."""
+    x, _ = selfmis.synthesize(17, 0, types=selfmis.SYNTHETIC_TYPES, sample_rate_hz=100)
+    found = float(np.abs(np.stack([preprocess(one, sample_rate_hz=100) for one in resample(x, 100, 250)[..., ::2]])).sum())
+    assert (selfmis.CACHE_VERSION, found) == (5, pytest.approx(104441, rel=1e-5)), "raise CACHE_VERSION and put the new number here"
 
 
 def test_a_killed_pass_goes_on_where_it_was(tmp_path, ptbxl, monkeypatch):

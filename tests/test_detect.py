@@ -495,6 +495,12 @@ def test_probabilities_are_the_mean_over_windows_of_the_calibrated_head(probes, 
     assert np.abs(by_hand(probes[name], [cut(0, 1000)]) - by_hand(probes[name], [cut(1600, 2600)])).max() > 0.02
     flat = np.concatenate([x[:, :1000], np.full((len(x), 1000), 0.2)], 1)
     close(detector(flat, 100), [cut(0, 1000)])
+    for rate in (250, 500, 512):  # at other rates too, where the filter leaves something of the ECG in the flat window
+        faster = selfmis.resample(x[:, :2000], 100, rate)
+        gap = np.concatenate([faster, np.full((len(x), 20 * rate), 0.2), faster], 1)
+        both = np.concatenate([x[:, :2000], np.full((len(x), 2000), 0.2), x[:, :2000]], 1)
+        np.testing.assert_allclose(list(detector(gap, rate).values()), list(detector(both, 100).values()), atol=4e-3)
+        np.testing.assert_allclose(list(detector(gap, rate).values()), by_hand(probes[name], [cut(0, 1000), cut(1000, 2000)]), atol=4e-3)
     assert list(detector(x, 100)) == list(MI_TYPES) and all(type(p) is float for p in detector(x, 100).values())
     if name == "twelve":  # one dead electrode is no flat recording
         x[11] = 0
@@ -546,6 +552,7 @@ def test_what_a_detector_refuses(probes):
         (one, np.float64(3), 100, "shape"),
         (one, x[0, :240], 100, "2.40 s of ECG is too short"),
         (one, np.zeros(3000), 100, "flat"),
+        (one, np.full(5120, 0.3), 512, "flat"),
         (one, x[0], 0, "sample rate of 0 Hz"),
         (one, x[0], math.nan, "sample rate of nan Hz"),
     ):
@@ -972,6 +979,8 @@ def test_an_exported_detector_agrees_with_the_detector(tmp_path, probes, name, e
         module = torch.export.load(out, extra_files=extra).module()
         call = lambda x: module(torch.from_numpy(x)).detach().numpy()
         about = json.loads(extra["about.json"])
+    thresholds = json.loads(about["thresholds"], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["youden"]
+    assert all(t[0] is None or t[0] == pytest.approx(detector.points["youden"][name][0]) for name, t in thresholds.items())
     assert (about["types"].split(), about["leads"].split(), float(about["sample_rate_hz"]), about["unit"]) == (list(MI_TYPES), list(detector.leads), 100, "mV")
     x = made_up(8, seed=21)[0][:, rows_of(detector.leads)] + np.float32(0.3)
     for batch in (x[:1], x[1:3], x[3:]):

@@ -150,6 +150,17 @@ def test_interval_is_the_central_percentiles(level, expected):
     assert interval(values, level=level) == pytest.approx(expected)
 
 
+def test_interval_is_of_one_number():
+    with pytest.raises(ValueError, match=r"\(10, 3\)"):
+        interval(np.zeros((10, 3)))
+
+
+@pytest.mark.parametrize("y, groups", [([0, 1, 1], None), ([[0], [1], [1]], [1, 2])])
+def test_bootstrap_refuses_bad_input_by_name(y, groups):
+    with pytest.raises(ValueError, match="expected .N, K., and a group for each"):
+        bootstrap_auc(y, np.zeros(np.shape(y)), groups)
+
+
 def test_interval_level_is_95_percent_by_default():
     assert interval(np.arange(1001)) == pytest.approx((25, 975))
 
@@ -315,6 +326,7 @@ def test_retrieval_of_many_records_equals_the_whole_matrix():
     (torch.ones(4, 3), torch.ones(5, 3), (1,), "5"),
     (torch.ones(4, 3), torch.ones(4, 2), (1,), "2"),
     (torch.ones(4, 3), torch.ones(4, 3), (1, 7), "7"),
+    (torch.ones(4, 3), torch.ones(4, 3), (0, 1), "k = 0, 1"),
     (torch.ones(4, 3), torch.full((4, 3), math.nan), (1,), "(?i)finite|nan"),
     (torch.full((4, 3), math.inf), torch.ones(4, 3), (1,), "(?i)finite|inf"),
 ])

@@ -29,8 +29,20 @@ def test_the_last_records_of_each_list_without_folds_validate(mimic, ptbxl, caps
 def test_mixed_collections_train_together(tmp_path, mimic, ptbxl, tiny):
     entry = main(PretrainConfig(data=[str(mimic), str(ptbxl), "synthetic:20"], single=tiny[1], multi=tiny[12], batch_size=32, epochs=1, out=str(tmp_path / "out"), workers=0))
     seen = selfmis.load_encoder(tmp_path / "out/best.pt").seen
-    assert [(s["data"], s["records"], s["labels"]) for s in seen] == [("mimic-iv-ecg", 44, False), ("ptb-xl", 64, False), ("synthetic:1", 20, False)]
+    entries = [(s["data"], s["records"], s.get("folds"), s.get("use")) for s in seen]
+    assert entries[:3] == [("mimic-iv-ecg", 44, None, None), ("ptb-xl", 64, list(range(1, 9)), None), ("synthetic:1", 20, None, None)]
+    assert entries[3:] == [("mimic-iv-ecg", 4, None, "validation"), ("ptb-xl", 8, [9], "validation")] and not any(s["labels"] for s in seen)
     assert np.isfinite(entry["val_loss"])
+
+
+def test_the_next_command_keeps_the_folds_and_the_loss_its_meaning(tmp_path, ptbxl, tiny, capsys):
+    make = lambda out, **more: PretrainConfig(data=[str(ptbxl)], single=tiny[1], multi=tiny[12], batch_size=32, epochs=1, out=str(tmp_path / out), workers=0, **more)
+    main(make("a", val_fold=8, test_fold=9))
+    said = capsys.readouterr().out
+    assert f"next: python train_probe.py --encoder {tmp_path / 'a/best.pt'} --data {ptbxl} --val-fold 8 --test-fold 9\n" in said and "without a bias Eq. (3)" in said
+    main(make("b", loss="softmax"))
+    said = capsys.readouterr().out
+    assert said.endswith(f"--data {ptbxl}\n") and "teacher: mean pairwise cosine" in said and "Eq. (3)" not in said
 
 
 def test_cache_none_gives_the_same_run(tmp_path, ptbxl, tiny):

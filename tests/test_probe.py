@@ -188,16 +188,27 @@ def test_finetuned_encoder_says_what_it_has_seen_and_is_a_teacher(tmp_path, ptbx
     out = tmp_path / "teacher"
     main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[12], finetune=True, epochs=2, batch_size=16, out=str(out), workers=0))
     teacher = selfmis.load_encoder(out / "best.pt")
-    assert teacher.lead == "all" and teacher.seen == [{"data": "ptb-xl", "folds": list(range(1, 9)), "labels": True, "records": 64}]
+    trained = {"data": "ptb-xl", "folds": list(range(1, 9)), "labels": True, "records": 64}
+    assert teacher.lead == "all" and teacher.seen == [trained, {"data": "ptb-xl", "folds": [9], "labels": True, "records": 8, "use": "validation"}]
     from train_pretrain import PretrainConfig
     from train_pretrain import main as pretrain
 
     pretrain(PretrainConfig(data=[str(ptbxl)], single=tiny[1], multi=str(out / "best.pt"), epochs=1, batch_size=16, out=str(tmp_path / "aligned"), workers=0))
     aligned = selfmis.load_encoder(tmp_path / "aligned/best.pt")
-    assert aligned.lead == "I" and [entry["labels"] for entry in aligned.seen] == [True, False]
+    assert aligned.lead == "I" and [entry["labels"] for entry in aligned.seen] == [True, True, False, False]
+    assert "chosen by ptb-xl, 8 records with labels, folds 9" in selfmis.describe_checkpoint(tmp_path / "aligned/best.pt")
     capsys.readouterr()
+    main(ProbeConfig(data=[str(ptbxl)], encoder=str(tmp_path / "aligned/best.pt"), val_fold=8, test_fold=9, head="adam", epochs=1, out=str(tmp_path / "c"), workers=0))
+    assert "warning: the encoder or its teacher was chosen by fold 9 of ptb-xl with labels" in capsys.readouterr().out
     main(ProbeConfig(data=[str(ptbxl)], encoder=str(tmp_path / "aligned/best.pt"), val_fold=10, test_fold=8, head="adam", epochs=2, out=str(tmp_path / "p"), workers=0))
     assert "warning: the encoder or its teacher was trained on fold 8 of ptb-xl with labels" in capsys.readouterr().out
+
+
+def test_fine_tuning_without_data_is_a_demonstration_too(tmp_path, tiny, capsys):
+    main(ProbeConfig(encoder=tiny[1], finetune=True, limit=200, epochs=1, out=str(tmp_path / "out"), workers=0))
+    assert "demonstration on synthetic ECG with --data synthetic:3000\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--finetune trains its own head"):
+        main(ProbeConfig(encoder=tiny[1], finetune=True, head="logistic", out=str(tmp_path / "b"), workers=0))
 
 
 def test_fractions_are_random_nested_shares_of_the_training_labels_alone(tmp_path, ptbxl, tiny, capsys):
@@ -210,8 +221,10 @@ def test_fractions_are_random_nested_shares_of_the_training_labels_alone(tmp_pat
     assert [(r["head"], r["fraction"], r["seed"]) for r in all_at_once["runs"]] == (
         [("adam", f, s) for f in (1.0, 0.5, 0.25) for s in (0, 1)] + [("logistic", 1.0, 0)] + [("logistic", f, s) for f in (0.5, 0.25) for s in (0, 1)]
     )
-    assert "| adam, 100 % | adam, 50 % | adam, 25 % | logistic, 100 %" in (tmp_path / "a/results.md").read_text()
-    alone = main(make("b", fractions=[0.5], seed=1, head="logistic"))
+    text = (tmp_path / "a/results.md").read_text()
+    assert "| positives | adam, 100 % | adam, 50 % | adam, 25 % | logistic, 100 %" in text and "nan" not in text and f"| IMI | {all_at_once['types']['IMI']['positives']} | 0." in text
+    alone = main(make("b", fractions=[0.5, 0.5], seed=1, head="logistic"))
+    assert len(alone["runs"]) == 1 and "tested on fold 10, 50 % of the training labels" in (tmp_path / "b/results.md").read_text()
     one = next(r for r in all_at_once["runs"] if (r["head"], r["fraction"], r["seed"]) == ("logistic", 0.5, 1))
     assert str(alone["runs"][0]) == str(one) and one["six"] != next(r for r in all_at_once["runs"] if (r["head"], r["fraction"]) == ("logistic", 1.0))["six"]
     assert all_at_once["six"]["mean"] == pytest.approx(np.mean([r["six"] for r in all_at_once["runs"][:2]]))
@@ -260,7 +273,14 @@ def test_synthetic_records_alone_train(tmp_path, ptbxl, tiny, capsys):
     main(make("a"))
     counts, content = json.loads((tmp_path / "a/config.json").read_text())["records"], torch.load(tmp_path / "a/probe.pt", weights_only=True)
     assert (counts["train"], counts["val"], counts["test"]) == (60, 8, 8)
-    assert content["head_seen"] == [{"data": "synthetic:2", "folds": [1], "labels": True, "records": 60}]
+    chosen = {"data": "ptb-xl", "folds": [9], "labels": True, "records": 8, "use": "validation"}
+    assert content["head_seen"] == [{"data": "synthetic:2", "labels": True, "records": 60}, chosen]
+    torch.save(torch.load(tiny[1], weights_only=True) | dict(seen=content["head_seen"]), tmp_path / "seen.pt")
+    capsys.readouterr()  # whatever their folds, all of these synthetic records were trained on
+    main(ProbeConfig(data=["synthetic:100"], encoder=str(tmp_path / "seen.pt"), head="adam", epochs=1, out=str(tmp_path / "again"), workers=0))
+    assert "trained on fold 10 of synthetic:2 with labels; the test is not clean" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--rotate: .* was chosen by fold 9 of ptb-xl with labels, so it cannot be tested there"):
+        main(ProbeConfig(data=[str(ptbxl)], encoder=str(tmp_path / "seen.pt"), rotate=True, out=str(tmp_path / "rotated"), workers=0))
     root = tmp_path / "ptb-xl"
     root.mkdir()
     (root / "records100").symlink_to(ptbxl / "records100")
@@ -288,7 +308,7 @@ def test_rotation_is_refused_after_labels_of_these_data(tmp_path, ptbxl, tiny, l
     torch.save(content, tmp_path / "seen.pt")
     config = ProbeConfig(data=[str(ptbxl)], encoder=str(tmp_path / "seen.pt"), rotate=True, head="adam", epochs=1, out=str(tmp_path / "out"), workers=0)
     if refused:
-        with pytest.raises(ValueError, match="--rotate: .* trained with labels of fold 1, 2 of ptb-xl"):
+        with pytest.raises(ValueError, match="--rotate: .* trained on fold 1, 2 of ptb-xl with labels"):
             main(config)
     else:
         main(config)
@@ -302,8 +322,10 @@ def test_rotation_and_synthetic_records(tmp_path, ptbxl, tiny):
         main(config)
     content = torch.load(tiny[1], weights_only=True) | dict(seen=[{"data": "synthetic:2", "folds": [3], "labels": True}])
     torch.save(content, tmp_path / "seen.pt")
-    with pytest.raises(ValueError, match="--rotate: .* trained with labels of fold 3 of synthetic:2"):
+    with pytest.raises(ValueError, match="--rotate: .* trained on fold 3 of synthetic:2 with labels"):
         main(dataclasses.replace(config, data=["synthetic:400"], encoder=str(tmp_path / "seen.pt")))
+    with pytest.raises(ValueError, match="--rotate: every fold tests in turn"):
+        main(dataclasses.replace(config, data=["synthetic:400"], test_fold=4))
 
 
 def test_comparison_is_the_paired_difference(tmp_path, probed, ptbxl, tiny, capsys):
@@ -327,6 +349,17 @@ def test_comparison_is_the_paired_difference(tmp_path, probed, ptbxl, tiny, caps
         main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], out=str(tmp_path / "c"), workers=0, compare=[str(tmp_path / "nowhere")]))
     with pytest.raises(ValueError, match="--compare .* are not this run's 8"):
         main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], test_fold=1, out=str(tmp_path / "d"), workers=0, compare=[str(other)]))
+
+
+def test_heads_are_compared_with_their_like(tmp_path, probed, ptbxl, tiny):
+    """A random encoder beside this one has no partner in a run without; a fine-tuned network is set beside both heads, also when its run goes on."""
+    make = lambda out, **more: ProbeConfig(data=[str(ptbxl)], encoder=tiny[1], out=str(tmp_path / out), epochs=1, batch_size=16, workers=0, **more)
+    main(make("a", baseline=True, compare=[str(probed)]))
+    main(make("b", finetune=True, lr=1e-9, patience=1))
+    (tmp_path / "b/results.json").unlink()  # cut off before its end
+    main(make("b", finetune=True, lr=1e-9, patience=1, compare=[str(probed)], resume=True))
+    compared = [list(json.loads((tmp_path / out / "results.json").read_text())["compared"][str(probed)]) for out in "ab"]
+    assert compared == [["adam - adam", "logistic - logistic"], ["finetune - adam", "finetune - logistic"]]
 
 
 def test_cost_counts_the_paper_s_multiply_accumulates():
