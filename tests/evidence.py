@@ -27,7 +27,7 @@ ALIGN = [*SMALL, "--lr", 1e-3, "--warmup", 50, "--epochs", 8]
 
 
 # Ideas on top of softmax-0, one at a time, judged on the validation fold: further flags of the alignment ("SCRATCH" is a run), and of the probe.
-# Preprocessing is the teacher's too, so such an idea gets a teacher of its own.
+# Size and preprocessing are the teacher's too, so such an idea gets a teacher of its own.
 IDEAS = {
     "synth8": (["--data", "synthetic:8000"], []),
     "sinit": (["--single", "SCRATCH"], []),
@@ -38,6 +38,7 @@ IDEAS = {
     "wd0": (["--weight-decay", 0], []),
     "millivolts": (["--normalize", "none"], []),
     "filter": (["--filter", "ecgfounder"], []),
+    "size": (["--size", "ecgfounder", "--amp", "bf16"], []),
 }
 
 
@@ -62,12 +63,14 @@ def commands(out: Path) -> dict[str, list]:
         if tuple(align) not in encoder_of:
             align_flags = [out / "scratch-0/best.pt" if flag == "SCRATCH" else flag for flag in align]
             teacher = "teacher-0"
-            if {"--normalize", "--filter"} & set(align):
+            if {"--normalize", "--filter", "--size"} & set(align):
                 teacher = f"{name}-teacher"
                 found[teacher] = [*finetune, "--lead", "all", *SMALL, *align]
             found[name] = ["train_pretrain.py", "--multi", out / teacher / "best.pt", "--loss", "softmax", *ALIGN, *align_flags]
             encoder_of[tuple(align)] = name
         found[f"{name}-probe"] = ["train_probe.py", "--encoder", out / encoder_of[tuple(align)] / "best.pt", "--lead", "I", *probe]
+    found["size-scratch"] = [*finetune, "--lead", "I", *SMALL, *IDEAS["size"][0]]
+    found["size-scratch-frozen"] = ["train_probe.py", "--encoder", out / "size-scratch/best.pt"]
     for lead in ("I", "all"):  # synthetic records train, real ones choose and test
         found[f"zeroshot-{lead}"] = ["train_probe.py", "--data", "synthetic:15000", "--synthetic-only", "--finetune", "--lead", lead, *SMALL, "--epochs", 5]
     for seed in (0, 1, 2):
@@ -187,14 +190,13 @@ def table(out: Path) -> None:
 
 
 def choice(out: Path) -> None:
-    """Six-mean and 44-mean on the validation fold, each idea minus softmax-0, paired by patient."""
+    """Six-mean and 44-mean on the validation fold, each idea minus softmax-0, paired by patient; beside them training with labels."""
+    runs = {"softmax-0": "softmax-0-probe", "scratch-0": "scratch-0-frozen", **{idea: f"{idea}-probe" for idea in IDEAS}, "size-scratch": "size-scratch-frozen"}
     of = {}
-    for name in ["softmax-0", *IDEAS]:
-        path = out / f"{name}-probe" / "predictions.npz"
+    for name, run in runs.items():
+        path = out / run / "predictions.npz"
         if path.exists():
             with np.load(path) as saved:
-                if "validation_labels" not in saved:  # of an older version
-                    continue
                 y, patient = saved["validation_labels"], saved["validation_patient"]
                 of[name] = {head: train_probe.mean_auc(saved[f"validation_logits_{head}"], y, np.zeros(len(y)), patient) for head in ("adam", "logistic")}
     print("\n| on the validation fold | head | six | 44 | six minus softmax-0 | 44 minus softmax-0 |\n|---|---|--:|--:|---|---|")
