@@ -1,13 +1,12 @@
 """The tables of the README, from real records:  python tests/evidence.py ptb-xl [--out runs/evidence] [--test-fold 10 --val-fold 9]
 
-Runs every command that is not finished yet (74 of them, nine to fourteen hours on two cores), each as a user would type it, then
-prints the table, a smaller one of a tenth of the labels, and what further ideas do to the validation fold.  A run that was
-cut off is started again; one that is there is not touched.
+Runs every command that is not finished yet (some eighty, ten to fifteen hours on two cores), each as a user would type it, then
+prints the table, smaller ones of equal training time and of a tenth of the labels, and what further ideas do to the validation
+fold.  A run that was cut off is started again; one that is there is not touched.
 """
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +38,9 @@ IDEAS = {
     "millivolts": (["--normalize", "none"], []),
     "filter": (["--filter", "ecgfounder"], []),
     "size": (["--size", "ecgfounder", "--amp", "bf16"], []),
+    "size-paper": (["--size", "ecgfounder", "--amp", "bf16", "--loss", "paper"], []),
 }
+OF_THE_TEACHER = ("--normalize", "--filter", "--size", "--amp")
 
 
 def commands(out: Path) -> dict[str, list]:
@@ -58,19 +59,22 @@ def commands(out: Path) -> dict[str, list]:
         teacher = "random" if loss == "randomteacher" else out / "teacher-0/best.pt"
         found[f"{loss}-{seed}"] = ["train_pretrain.py", "--multi", teacher, "--loss", "paper" if loss == "randomteacher" else loss, *ALIGN, "--seed", seed]
         found[f"{loss}-{seed}-probe"] = ["train_probe.py", "--encoder", out / f"{loss}-{seed}/best.pt", "--lead", "I", "--seed", seed]
-    encoder_of = {(): "softmax-0"}
+    encoder_of, teacher_of = {(): "softmax-0"}, {(): "teacher-0"}
     for name, (align, probe) in IDEAS.items():
         if tuple(align) not in encoder_of:
             align_flags = [out / "scratch-0/best.pt" if flag == "SCRATCH" else flag for flag in align]
-            teacher = "teacher-0"
-            if {"--normalize", "--filter", "--size"} & set(align):
-                teacher = f"{name}-teacher"
-                found[teacher] = [*finetune, "--lead", "all", *SMALL, *align]
-            found[name] = ["train_pretrain.py", "--multi", out / teacher / "best.pt", "--loss", "softmax", *ALIGN, *align_flags]
+            own = [part for flag, value in zip(align[::2], align[1::2]) if flag in OF_THE_TEACHER for part in (flag, value)]
+            if tuple(own) not in teacher_of:
+                teacher_of[tuple(own)] = f"{name}-teacher"
+                found[f"{name}-teacher"] = [*finetune, "--lead", "all", *SMALL, *own]
+            teacher = out / teacher_of[tuple(own)] / "best.pt"
+            found[name] = ["train_pretrain.py", "--multi", teacher, "--loss", "softmax", *ALIGN, *align_flags]
             encoder_of[tuple(align)] = name
         found[f"{name}-probe"] = ["train_probe.py", "--encoder", out / encoder_of[tuple(align)] / "best.pt", "--lead", "I", *probe]
     found["size-scratch"] = [*finetune, "--lead", "I", *SMALL, *IDEAS["size"][0]]
-    found["size-scratch-frozen"] = ["train_probe.py", "--encoder", out / "size-scratch/best.pt"]
+    for name in ("size-scratch", "size-teacher"):
+        found[f"{name}-frozen"] = ["train_probe.py", "--encoder", out / name / "best.pt"]
+    found["size-random"] = ["train_probe.py", "--lead", "I", *SMALL, "--size", "ecgfounder"]
     for lead in ("I", "all"):  # synthetic records train, real ones choose and test
         found[f"zeroshot-{lead}"] = ["train_probe.py", "--data", "synthetic:15000", "--synthetic-only", "--finetune", "--lead", lead, *SMALL, "--epochs", 5]
     for seed in (0, 1, 2):
@@ -90,7 +94,7 @@ def commands(out: Path) -> dict[str, list]:
     return found
 
 
-ROWS = {  # of the table: the runs whose mean it is
+ROWS = {  # of the first table: the runs whose mean it is
     "random encoder": ["random-0", "random-1", "random-2"],
     "supervised on lead I from scratch": ["scratch-0-frozen", "scratch-1-frozen", "scratch-2-frozen"],
     "supervised on lead I from scratch, 16 epochs": ["scratch-0-longer-frozen"],
@@ -106,6 +110,21 @@ ROWS = {  # of the table: the runs whose mean it is
     "*not frozen:* lead I from scratch, 16 epochs": ["scratch-0-longer"],
     "*not frozen:* aligned by softmax, then fine-tuned": ["softmax-0-finetuned", "softmax-1-finetuned", "softmax-2-finetuned"],
     "*not frozen:* 12-lead teacher": ["teacher-0", "teacher-1", "teacher-2"],
+}
+
+FULL_SIZE = {  # the same with the full network
+    "random encoder": ["size-random"],
+    "supervised on lead I from scratch": ["size-scratch-frozen"],
+    "aligned, Eq. (3)": ["size-paper-probe"],
+    "aligned, `--loss softmax`": ["size-probe"],
+    "12-lead teacher, all leads": ["size-teacher-frozen"],
+    "*not frozen:* lead I from scratch": ["size-scratch"],
+    "*not frozen:* 12-lead teacher": ["size-teacher"],
+}
+
+SAME_STEPS = {
+    ("lead I from scratch, 16 epochs", "finetune"): ["scratch-0-longer"],
+    ("aligned by softmax for 8 epochs, fine-tuned for 8", "finetune"): ["softmax-0-finetuned"],
 }
 
 FEW = {  # a tenth of the labels trains encoder and head: (row, head): runs, the first row of each head is what the others are compared with
@@ -137,11 +156,14 @@ def show(c: dict, form: str) -> str:
     return f"{form.format(c['mean'])} ({form.format(c['low'])} to {form.format(c['high'])})"
 
 
-def minutes(out: Path, run: str) -> float | None:
-    """What the training of a run's encoder took; None if it was not trained or is not there."""
-    folder = out / re.sub("-(probe|frozen|zeros)$", "", run)
-    if run.startswith("random-"):
-        return None
+def encoder_run(out: Path, run: str) -> Path | None:
+    """The folder in which a run's encoder was trained: its own if it was fine-tuned, None if it is a random one."""
+    config = json.loads((out / run / "results.json").read_text())["config"]
+    return out / run if config["finetune"] else None if config["encoder"] == "random" else out / Path(config["encoder"]).parent.name
+
+
+def minutes(folder: Path) -> float | None:
+    """What the training of an encoder took; None if it is not there."""
     if (folder / "results.json").exists():
         return json.loads((folder / "results.json").read_text())["minutes"]
     if (folder / "log.jsonl").exists():
@@ -149,11 +171,11 @@ def minutes(out: Path, run: str) -> float | None:
         return said["config"]["epochs"] * said["steps"] * said["config"]["batch_size"] * said["world"] / last["records_per_second"] / 60
 
 
-def few_labels(out: Path) -> None:
-    """A tenth of the labels: each row, and its difference to the first one of its head, paired by patient; only seeds that both have."""
+def paired(out: Path, title: str, rows: dict[tuple[str, str], list[str]]) -> None:
+    """Each row, and its difference to the first one of its head, paired by patient; only seeds that both have."""
     groups, first = ("six", "nine", "diagnostic"), {}
-    print("\n| with a tenth of the labels | head | seeds | six | nine | 44 | six minus scratch | nine minus scratch | 44 minus scratch |\n|---|---|--:|---|---|---|---|---|---|")
-    for (row, head), runs in FEW.items():
+    print(f"\n| {title} | head | seeds | six | nine | 44 | six minus first | nine minus first | 44 minus first |\n|---|---|--:|---|---|---|---|---|---|")
+    for (row, head), runs in rows.items():
         base = first.setdefault(head, runs)
         both = [names for names in zip(runs, base) if all((out / name / "results.json").exists() for name in names)]
         if both:
@@ -163,15 +185,16 @@ def few_labels(out: Path) -> None:
             print(f"| {row} | {head} | {len(both)} | {' | '.join(cells)} |")
 
 
-def table(out: Path) -> None:
+def table(out: Path, title: str, rows: dict[str, list[str]]) -> None:
+    """Each row under each head, and its difference to the rows 'scratch' and 'random' under that head."""
     reference, kept = {}, []
-    for row, runs in ROWS.items():
+    for row, runs in rows.items():
         for head in ("adam", "logistic", "finetune"):
             aucs, draws, labels = scores(out, runs, head)
             if draws is not None:
                 kept.append((row, runs, head, aucs, draws))
                 reference[row, head] = aucs.mean(0), draws
-    print("| encoder | head | seeds | six | nine | 44 | six minus scratch | six minus random | R@1 | minutes |\n|---|---|--:|---|---|---|---|---|--:|--:|")
+    print(f"\n| {title} | head | seeds | six | nine | 44 | six minus scratch | six minus random | R@1 | minutes |\n|---|---|--:|---|---|---|---|---|--:|--:|")
     for row, runs, head, aucs, draws in kept:
         summary = train_probe.summarize(aucs.mean(0), draws, labels)
         six = aucs[:, train_probe.columns("six")].mean(1)
@@ -183,9 +206,10 @@ def table(out: Path) -> None:
             else:
                 auc, drawn = reference[own]
                 cells.append(show(train_probe.summarize(aucs.mean(0) - auc, draws - drawn, labels)["six"], "{:+.3f}"))
-        logs = [out / run.removesuffix("-probe") / "log.jsonl" for run in runs if run.endswith("-probe") and (out / run / "results.json").exists()]
-        spent = [m for m in (minutes(out, run) for run in runs) if m]
-        r1 = [json.loads(log.read_text().splitlines()[-1])["r1"] for log in logs if log.exists()]
+        trained = [folder for folder in (encoder_run(out, run) for run in runs if (out / run / "results.json").exists()) if folder]
+        spent = [m for m in map(minutes, trained) if m]
+        last = [json.loads((folder / "log.jsonl").read_text().splitlines()[-1]) for folder in trained if (folder / "log.jsonl").exists()]
+        r1 = [entry["r1"] for entry in last if "r1" in entry]
         print(f"| {row} | {head} | {len(aucs)} | {' | '.join(cells)} | {f'{np.mean(r1):.1f} %' if r1 else ''} | {f'{np.mean(spent):.0f}' if spent else ''} |")
 
 
@@ -262,7 +286,9 @@ if __name__ == "__main__":
         if not finished.exists() or script == "train_pretrain.py":  # that one knows whether it is finished
             subprocess.run([sys.executable, str(HERE / script), "--data", arguments.data, *map(str, [*folds, *flags]), "--out", str(arguments.out / name), "--resume"], check=True)
     print(f"{len(selfmis.STATEMENTS)} statements; 95 % bootstrap intervals by patient, differences paired; ± the standard deviation over seeds")
-    table(arguments.out)
-    few_labels(arguments.out)
+    table(arguments.out, "small network", ROWS)
+    table(arguments.out, "full network", FULL_SIZE)
+    paired(arguments.out, "as many steps, not frozen", SAME_STEPS)
+    paired(arguments.out, "with a tenth of the labels", FEW)
     choice(arguments.out)
     synthetic_only(arguments.out, arguments.data, int(arguments.val_fold), int(arguments.test_fold))
