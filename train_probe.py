@@ -285,12 +285,15 @@ def probe_frozen(config: ProbeConfig, shown: Shown, y: np.ndarray, splits: list[
         features[", random encoder"] = shown.features(rows)
     heads = {}
     for whose, x in features.items() if ranks.first else ():
-        heads |= {head + whose: fits for head, fits in train_heads(config, x, y, splits, ranks).items()}
+        heads |= train_heads(config, x, y, splits, ranks, whose)
     return content, heads
 
 
-def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits: list[dict], ranks: Ranks) -> dict[str, list[Fit]]:
-    """Every head, fraction and seed; the test folds are scored and nothing else.  Of several splits the last head is kept."""
+def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits: list[dict], ranks: Ranks, whose: str) -> dict[str, list[Fit]]:
+    """Every head (named with what `whose` says of the encoder), fraction and seed; of several splits the last head is kept.
+
+    The test folds are scored and nothing else.
+    """
     x, target, heads = torch.from_numpy(features), torch.from_numpy(y), {}
     for head, train in (("adam", adam_head), ("logistic", logistic_head)):
         for fraction in sorted(set(config.fractions), reverse=True) if config.head in (head, "both") else ():
@@ -305,8 +308,8 @@ def train_heads(config: ProbeConfig, features: np.ndarray, y: np.ndarray, splits
                     validation = score(features[val], weight, bias)
                     means = group_means(selfmis.macro_auc(y[val], validation)[1])
                     labels = (f", {len(rows):,} labels" if fraction < 1 else "") + (f", turn {turn} of {len(splits)}" if len(splits) > 1 else "")
-                    ranks.print(f"{head} head, seed {seed}{labels}: {said} (nine {means['nine']:.4f}, six {means['six']:.4f})")
-                heads.setdefault(head, []).append(Fit(seed, fraction, weight, bias, np.concatenate(logits), validation))
+                    ranks.print(f"{head} head{whose}, seed {seed}{labels}: {said} (nine {means['nine']:.4f}, six {means['six']:.4f})")
+                heads.setdefault(head + whose, []).append(Fit(seed, fraction, weight, bias, np.concatenate(logits), validation))
     return heads
 
 
