@@ -221,8 +221,8 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
     """The encoder of any checkpoint that train_pretrain.py or train_probe.py wrote, in eval mode.
 
     Its attributes say how to feed it: lead ("I", ... or "all"), sample_rate_hz, preprocessing (keyword arguments of
-    `preprocess`), and seen (the data it was trained on and chosen by, its teacher's included).  A twelve-lead encoder that was probed on
-    one lead (leads 12, lead "I") wants that lead in its own row and zeros in the others.
+    `preprocess`), and seen (the data it was trained on and chosen by, its teacher's included).  A twelve-lead encoder that
+    was probed on one lead (leads 12, lead "I") wants that lead in its own row and zeros in the others.
     """
     return stored_encoder(read_checkpoint(path), path)
 
@@ -1941,6 +1941,11 @@ def data_seen(records: Records, labels: bool, **more) -> list[dict]:
         name = kind if kind in ("ptb-xl", "mimic-iv-ecg") else f"{kind}:{Path(root).name}"
         seen.append({"data": name, **({"folds": folds} if folds else {}), "labels": labels, "records": int((records.source == s).sum()), **more})
     return seen
+
+
+def data_used(train: Records, val: Records, labels: bool) -> list[dict]:
+    """Provenance of one training: the records that trained, and those that chose."""
+    return data_seen(train, labels) + data_seen(val, labels, use="validation")
 
 
 def cost(encoders: Sequence[ResNet1D], view: View, device: torch.device) -> dict:

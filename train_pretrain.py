@@ -63,8 +63,7 @@ def main(config: PretrainConfig) -> dict:
 
     teacher.to(ranks.device)
     train, val = (selfmis.read_pairs(config, records, view, ranks, what, teacher) for records, what in ((train, "training"), (val, "validation")))
-    seen = teacher.seen + single.seen + selfmis.data_seen(train.dataset.records[train.usable], labels=False)
-    seen += selfmis.data_seen(val.dataset.records[val.usable], labels=False, use="validation")
+    seen = teacher.seen + single.seen + selfmis.data_used(train.dataset.records[train.usable], val.dataset.records[val.usable], labels=False)
     B, W = config.batch_size, ranks.world
     steps = len(selfmis.epoch_batches(train.usable, config, 0, ranks))  # of one epoch
     resident = train.make_resident()
@@ -152,7 +151,8 @@ def main(config: PretrainConfig) -> dict:
     labelled = [root for kind, root in all_records.sources if kind == "ptb-xl"]
     flags = "" if config.data == DEMO["data"] else f" --data {labelled[0] if labelled else 'ptb-xl'}"
     if labelled:  # the same folds, or the probe would test on records seen here
-        flags += "".join(f" --{name} {fold}" for name, fold, usual in (("val-fold", config.val_fold, 9), ("test-fold", config.test_fold, 10)) if fold != usual)
+        folds = {name: getattr(config, name) for name in ("val_fold", "test_fold") if getattr(config, name) != getattr(PretrainConfig, name)}
+        flags += "".join(f" --{name.replace('_', '-')} {fold}" for name, fold in folds.items())
     ranks.print(f"best validation loss {progress['best']:.4f}; chance R@1 is {chance:.2f} %\nnext: python train_probe.py --encoder {out / 'best.pt'}{flags}")
     return progress["entry"]
 

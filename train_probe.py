@@ -122,7 +122,7 @@ def main(config: ProbeConfig) -> dict:
         own = summarize(*mean_auc([chosen.logits], records.labels[test], records.folds[test], records.patient_keys()[test]), records.labels[test])
     if not config.rotate:
         labelled = split["train"] if config.finetune else part_of(split["train"], chosen.fraction, chosen.seed)
-        head_seen = selfmis.data_seen(records[labelled], labels=True) + selfmis.data_seen(records[split["val"]], labels=True, use="validation")
+        head_seen = selfmis.data_used(records[labelled], records[split["val"]], labels=True)
         detector = as_detector(chosen, records.labels[split["val"]]) | dict(head_seen=head_seen)
         results["reliability"] = reliability(chosen.logits, records.labels[test], detector["temperature"])
         said = dict(results={name: selfmis.nan_to_none(own[name]) for name in (*GROUPS, "types")}, reliability=results["reliability"])
@@ -460,8 +460,8 @@ def finetune(config: ProbeConfig, shown: Shown, y: np.ndarray, split: dict, out:
         selfmis.rewind_log(out / "log.jsonl", progress["epoch"], 0, progress["entry"])
     ddp = selfmis.distribute(model, config, ranks)
     shown.pairs.make_resident()
-    train, val = (shown.pairs.dataset.records[split[part]] for part in ("train", "val"))
-    seen = shown.encoder.seen + selfmis.data_seen(train, labels=True) + selfmis.data_seen(val, labels=True, use="validation")
+    records = shown.pairs.dataset.records
+    seen = shown.encoder.seen + selfmis.data_used(records[split["train"]], records[split["val"]], labels=True)
     head = lambda: (model.head.weight.detach().cpu().clone(), model.head.bias.detach().cpu().clone())
     content = lambda: selfmis.encoder_content(model.encoder, shown.view, seen) | dict(kind="finetune", head=head(), config=dataclasses.asdict(config))
     train, W = split["train"], ranks.world
