@@ -1294,8 +1294,9 @@ def read_recording(
 
     .npy: (T,), (L, T) or (T, L), twelve leads in the order of LEADS.  Text (.csv, .tsv, .txt): a line for each sample, above
     them any header, in which names, unit and rate are looked for; a column of times gives the rate too.  The arguments go
-    before what the file says.  Where it states no unit, it is mV, and one column without a name is the lead asked for.  What else
-    is not clear is not guessed: ValueError names the file and the argument that helps.  Also where it is unreadable, lacks a lead or has no finite sample.
+    before what the file says.  Where it states no unit, it is mV, and one column without a name is the lead asked for.
+    What else is not clear is not guessed: ValueError names the file and the argument that helps.  Also where it is
+    unreadable, lacks a lead or has no finite sample.
     """
     path, kind, leads, said, rates = str(path), os.path.splitext(path)[1].lower(), lead_names(leads), [], {"--sample-rate": sample_rate_hz}
     if kind not in (".npy", ".csv", ".tsv", ".txt"):
