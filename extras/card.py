@@ -1,0 +1,101 @@
+"""What is stored in any checkpoint, as a model card.
+
+    python -m extras.card FILE
+
+FILE: best.pt, last.pt or probe.pt of a run, or an ECGFounder file.
+"""
+
+import argparse
+
+from extras.detect import (
+    DISCLAIMER,
+    describe_data,
+    describe_probe,
+    operating_point,
+    probe_lines,
+    run_command,
+    point_lines,
+)
+from selfmis import load_encoder, read_checkpoint
+
+
+def describe_checkpoint(path) -> str:
+    """The card, a line for each thing that is stored."""
+    content = read_checkpoint(path)
+    if "architecture" not in content:
+        keys = ", ".join(map(str, content))
+        return f"{path}\nnot written by selfmis; top level: {keys}"
+    encoder = load_encoder(path)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    steps = ", ".join(f"{name} {value}" for name, value in (encoder.preprocessing or {}).items())
+    date, git = content.get("date", "at an unknown time"), content.get("git") or "?"
+    made = f"written {date} with torch {content.get('torch', '?')}, git {git}"
+    size = (
+        f"{parameters:,} parameters, {encoder.leads} lead(s) -> {encoder.embedding_dim} dimensions"
+    )
+    lines = [
+        f"{path}: {content.get('kind', 'encoder')}, {made}",
+        f"encoder: {size}",
+        f"input: lead {encoder.lead} at {encoder.sample_rate_hz:g} Hz, {steps}",
+        f"trained on, its teacher included: {describe_data(encoder.training_data)}",
+    ]
+    if "classes" in content:
+        lines += describe_head(content)
+    for name in ("reliability", "metrics"):
+        if name in content:
+            values = ", ".join(f"{key} {value:.4g}" for key, value in content[name].items())
+            lines.append(f"{name}: {values}")
+    config = content.get("config", {})
+    settings = [f"{k} {v}" for k, v in config.items() if v not in (None, False, [], "")]
+    lines.append(f"settings: {', '.join(settings)}")
+    lines.append(
+        f"limits: {DISCLAIMER}; one lead does not show every infarct, and no other devices than "
+        "its training data's were tested"
+    )
+    return "\n".join(lines)
+
+
+def describe_head(content: dict) -> list[str]:
+    """The head of a probe.pt: its labels, its AUC on the test fold, its verdict."""
+    results, fold = content["results"], content.get("config", {}).get("test_fold", "?")
+    labels = describe_data(content["head_training_data"])
+    head = content.get("head_name", "?")
+    lines = [f"head: {head}, {len(content['classes'])} statements; its labels: {labels}"]
+    lines += probe_lines(describe_probe(content))[1:]
+    lines += [
+        "any infarct, " + line for line in point_lines(operating_point(content["validation"]))
+    ]
+    means = [f"{group} {format_auc(results[group])}" for group in ("nine", "six", "diagnostic")]
+    lines.append(f"AUC on fold {fold}, 95 % interval: {', '.join(means)}")
+    against = [f"{name} {format_auc(entry)}" for name, entry in results["any"].items()]
+    lines.append(f"any infarct against: {', '.join(against)}")
+    for name, entry in results["types"].items():
+        lines.append(f"  {name:<6}{entry['positives']:>5} positives  {format_auc(entry)}")
+    return lines
+
+
+def format_auc(entry: dict) -> str:
+    """An AUC or a mean of some, with its interval where there is one."""
+    value = entry.get("auc", entry.get("mean"))
+    if value is None:
+        return "absent"
+    if entry["low"] is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.card", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("file", help="best.pt, last.pt or probe.pt, or an ECGFounder file")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    run_command(run_card, parser, argv)
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    print(describe_checkpoint(arguments.file))
+
+
+if __name__ == "__main__":
+    main()

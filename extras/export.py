@@ -1,0 +1,115 @@
+"""A detector as ONNX or as a torch.export program: 10 s in mV at its own rate -> probabilities.
+
+    python -m extras.export PROBE.pt OUT.onnx
+    python -m extras.export PROBE.pt OUT.pt2
+
+The z-score is part of the network. What no network does stands beside it in text: the verdict's
+threshold and what it costs, what the probe was trained on (ONNX: metadata; .pt2: about.json).
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from extras.detect import (
+    DISCLAIMER,
+    CalibratedClassifier,
+    Detector,
+    describe_probe,
+    load_detector,
+    operating_point,
+    run_command,
+)
+from selfmis import MI_TYPES, UsageError, nan_to_none
+
+
+def export_detector(path, out) -> str:
+    """Writes OUT.onnx or OUT.pt2; returns a line that says what it takes and gives."""
+    detector, out = load_detector(path), Path(out)
+    normalize, filter = detector.preprocessing["normalize"], detector.preprocessing["filter"]
+    if filter != "none":
+        raise UsageError(f"{path}: --filter {filter} is no part of the network: not exported")
+    if out.suffix not in (".onnx", ".pt2"):
+        raise UsageError(f"{out}: give a name that ends in .onnx or .pt2")
+    encoder = detector.classifier.encoder
+    network = CalibratedClassifier(encoder, detector.content, zscore=normalize == "zscore").eval()
+    shape = len(detector.leads), round(10 * detector.sample_rate_hz)  # (L, T)
+    batch = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=batch)
+    convert = to_onnx if out.suffix == ".onnx" else to_pt2
+    write(out, convert(program, about_detector(detector)))
+    gives = f"probability (batch, {len(MI_TYPES)}) of {', '.join(MI_TYPES)}"
+    return f"{out}: input ecg (batch, {shape[0]}, {shape[1]}) in mV, output {gives}"
+
+
+def about_detector(detector: Detector) -> dict[str, str]:
+    """What a user of the exported network has to know, as text."""
+    any_infarct = {"score": "1 - product of (1 - probability)"}
+    any_infarct |= operating_point(detector.content["validation"])
+    return {
+        "types": " ".join(MI_TYPES),
+        "leads": " ".join(detector.leads),
+        "sample_rate_hz": f"{detector.sample_rate_hz:g}",
+        "unit": "mV",
+        "seconds": "10",
+        "any_infarct": json.dumps(any_infarct),
+        "probe": json.dumps(nan_to_none(describe_probe(detector.content))),
+        "limits": DISCLAIMER,
+    }
+
+
+def to_pt2(program, about: dict[str, str]) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+    return file.getvalue()
+
+
+def to_onnx(program, about: dict[str, str]) -> bytes:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = f"pip install {' '.join(missing)}, or export to .pt2"
+        raise UsageError(f"writing ONNX needs {' and '.join(missing)}: {remedy}")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages that are not needed here
+    names = {"input_names": ["ecg"], "output_names": ["probability"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its own use of its own parts
+        model = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    model.model.metadata_props.update(about)
+    return model.model_proto.SerializeToString()
+
+
+def write(out: Path, content: bytes) -> None:
+    """A file that is there stays whole if this fails."""
+    temporary = out.with_name(f"{out.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, out)
+    except OSError as error:  # no such folder, a folder of that name, a full disk
+        if temporary.exists():
+            temporary.unlink()
+        raise UsageError(f"{out}: cannot be written ({error.strerror})") from error
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m extras.export", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("probe", help="probe.pt of train_probe.py")
+    parser.add_argument("out", help="OUT.onnx or OUT.pt2")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    run_command(run_export, parser, argv)
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    print(export_detector(arguments.probe, arguments.out))
+
+
+if __name__ == "__main__":
+    main()
