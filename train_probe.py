@@ -249,7 +249,8 @@ def describe(config, records, split, extractor, warnings) -> dict:
     extractor.ranks.print(
         f"{len(records):,} records with a diagnostic statement; usable: {usable}\n"
         f"positives (train/val/test): {'  '.join(each)}\n"
-        f"{doing} an encoder of {parameters:,} parameters ({config.encoder}) on lead {spec.lead}, {spec.sample_rate_hz:g} Hz, {processing}"
+        f"{doing} an encoder of {parameters:,} parameters ({config.encoder}) on lead {spec.lead}, "
+        f"{spec.sample_rate_hz:g} Hz, {processing}"
     )
     for warning in warnings:
         extractor.ranks.print(f"warning: {warning}")
