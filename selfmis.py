@@ -216,9 +216,10 @@ class ResNet1D(nn.Module):
             self.stage_list.append(nn.ModuleDict({"block_list": blocks}))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.ndim != 3 or x.shape[1] != self.leads or x.shape[2] < 16:
-            expected = f"(records, {self.leads} leads, at least 16 samples)"
-            raise UsageError(f"an input of shape {tuple(x.shape)}: expected {expected}")
+        dtype = self.first_conv.conv.weight.dtype
+        if x.ndim != 3 or x.shape[1] != self.leads or x.shape[2] < 16 or x.dtype != dtype:
+            expected = f"(records, {self.leads} leads, at least 16 samples) of {dtype}"
+            raise UsageError(f"an input of shape {tuple(x.shape)}, {x.dtype}: expected {expected}")
         x = self.first_conv(x.unsqueeze(2))  # (B, C, 1, T / 2)
         if x.device.type != "mps":  # whose convolutions do not take this layout
             x = x.contiguous(memory_format=torch.channels_last)
@@ -339,8 +340,9 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
 # --------------------------------------------------------------------------------------------------
 
 # Of every voltage a record may be stored in, how many millivolts it is.  Micro sign and Greek mu
-# both occur.
+# both occur in texts; in a WFDB header they would be read as volts.
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
+MICROVOLTS = re.compile(b"(\xc2\xb5|\xce\xbc|\xb5)V", re.IGNORECASE)  # UTF-8 and Latin-1
 MINIMUM_SECONDS = 2.5  # a shorter record has too few beats to read and is refused
 
 
@@ -385,6 +387,8 @@ def read_wfdb(record: str | os.PathLike, leads: str | Sequence[str]) -> tuple[np
         stem = stem.removesuffix(ending)
     if not os.path.isfile(stem + ".hea"):
         raise RecordError(f"{stem}.hea: there is no such header file")
+    if MICROVOLTS.search(Path(stem + ".hea").read_bytes()):
+        raise RecordError(f"{stem}.hea: a unit with a micro sign, which wfdb drops; write uV")
     wfdb = import_optional("wfdb", "reading records")
     try:
         content = wfdb.rdrecord(stem)
@@ -393,6 +397,8 @@ def read_wfdb(record: str | os.PathLike, leads: str | Sequence[str]) -> tuple[np
         raise RecordError(f"{stem}: cannot be read ({type(error).__name__}: {reason})") from error
     if content.p_signal is None or not len(content.p_signal):
         raise RecordError(f"{stem}: holds no samples")
+    if not 1 <= content.fs <= 100_000:
+        raise RecordError(f"{stem}: a sample rate of {content.fs} Hz is not one of an ECG")
 
     names = [name or "?" for name in content.sig_name]
     columns = []
@@ -422,8 +428,6 @@ def resample(ecg: np.ndarray, rate_hz: float, to_hz: float) -> np.ndarray:
     The median stays out of the filter, which passes a constant with a ripple of a thousandth: a
     z-score would blow the ripple of a flat lead up to an ECG, and a large offset would show.
     """
-    if not 1 <= rate_hz <= 100_000:
-        raise RecordError(f"a sample rate of {rate_hz} Hz: expected 1 to 100,000")
     if rate_hz == to_hz:
         return ecg
     signal = import_optional("scipy.signal", "resampling")
@@ -704,13 +708,23 @@ def find_wfdb(root: Path) -> Records:
                 f"{root}: a part of a collection, or more than one: give the folder of its "
                 "ptbxl_database.csv or record_list.csv"
             )
-        for file in sorted(files):
-            if file.endswith(".hea"):
-                path = os.path.relpath(os.path.join(folder, file), root)
-                found.append(path.removesuffix(".hea"))
+        headers = [Path(folder, file) for file in sorted(files) if file.endswith(".hea")]
+        segments = {name for header in headers for name in segment_names(header)}
+        for header in headers:
+            if header.stem not in segments:
+                found.append(str(header.relative_to(root)).removesuffix(".hea"))
     if not found:
         raise UsageError(f"{root}: no ptbxl_database.csv, record_list.csv or .hea file in it")
     return as_records("wfdb", root, found)
+
+
+def segment_names(header: Path) -> list[str]:
+    """The records that a master header joins to one recording; of a plain header none."""
+    lines = header.read_text(errors="replace").splitlines()
+    lines = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+    if not lines or "/" not in lines[0][0]:  # "name/3 12 500 15000" has three segments
+        return []
+    return [line[0] for line in lines[1:]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -764,6 +778,10 @@ class SelfCuttingDataset(Dataset):
         self.is_array = isinstance(records, (np.ndarray, torch.Tensor))
         if self.is_array:
             self.rows = self.array_rows(lead_names(leads or ()))
+        elif not isinstance(records, Records):
+            for path in records:
+                if not isinstance(path, (str, os.PathLike)):
+                    raise UsageError(f"a list of {type(path).__name__}: give paths, or one array")
 
     def array_rows(self, names: tuple[str, ...]) -> list[int]:
         """Where the leads to read stand in an array whose rows are called `names`."""
@@ -827,6 +845,8 @@ def pair_logits(
 
     In float32 at least, since half precision costs 3e-3 of the loss, with autocast off.
     """
+    if not (isinstance(single, torch.Tensor) and isinstance(multi, torch.Tensor)):
+        raise UsageError(f"embeddings of type {type(single).__name__}: give torch tensors")
     B, N = len(single), len(multi)
     same_width = single.ndim == multi.ndim == 2 and single.shape[1] == multi.shape[1]
     if not same_width or B == 0 or not 0 <= offset <= N - B:
@@ -1116,6 +1136,9 @@ def flag(default, help: str, **options):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+POSITIVE = "limit sample_rate epochs batch_size lr val_records seeds patience".split()
+
+
 @dataclasses.dataclass
 class Config:
     """Settings that both scripts share.  None means: follows from the data or the checkpoint."""
@@ -1141,8 +1164,8 @@ class Config:
     val_fold: int = flag(9, "fold that chooses the best epoch", choices=range(1, 11))
     test_fold: int = flag(10, "fold of the final number", choices=range(1, 11))
     epochs: int = flag(20, "passes over the training records")
-    batch_size: int = flag(0, "records in a batch of one process")
-    lr: float = flag(0.0, "peak learning rate, cosine to 0")
+    batch_size: int = flag(128, "records in a batch of one process")
+    lr: float = flag(1e-4, "peak learning rate, cosine to 0")
     amp: str = flag(
         "auto",
         "mixed precision; auto: bf16 on a GPU that has it, fp16 on others, else off",
@@ -1159,10 +1182,11 @@ class Config:
     compile: bool = flag(False, "torch.compile the encoder; needs a C compiler")
 
     def __post_init__(self) -> None:
-        for name in ("limit", "epochs", "batch_size", "lr", "sample_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
+        for name, value in vars(self).items():
+            if name in POSITIVE and value is not None and not value > 0:
                 raise UsageError(f"{as_flag(name)} {value}: expected a number above 0")
+            if name in ("seed", "warmup", "workers") and value is not None and value < 0:
+                raise UsageError(f"{as_flag(name)} {value}: expected 0 or more")
         if self.lead not in (None, "all"):
             self.lead = LEADS[lead_index(self.lead)]
         if self.val_fold == self.test_fold:
@@ -1181,8 +1205,14 @@ def as_flag(name: str) -> str:
 
 def as_flags(settings: dict) -> str:
     """Settings as somebody would type them."""
-    text = " ".join(f"{as_flag(name)} {value}" for name, value in settings.items())
-    return re.sub(r" True|[\[\]',]", "", text)
+    words = []
+    for name, value in settings.items():
+        words.append(as_flag(name))
+        if isinstance(value, list):
+            words += value
+        elif value is not True:
+            words.append(str(value))
+    return " ".join(words)
 
 
 def parse_flags(config_class, description: str, argv: Sequence[str] | None = None) -> Config:
@@ -1192,6 +1222,8 @@ def parse_flags(config_class, description: str, argv: Sequence[str] | None = Non
         description=description, allow_abbrev=False, formatter_class=layout
     )
     defaults = config_class()
+    shared = parser.add_argument_group("shared by both scripts")
+    own = parser.add_argument_group("of this script")
     for field in dataclasses.fields(config_class):
         options = dict(field.metadata)
         default = getattr(defaults, field.name)
@@ -1202,7 +1234,8 @@ def parse_flags(config_class, description: str, argv: Sequence[str] | None = Non
             options["type"] = kind
         if default:
             options["help"] += " (default: %(default)s)"
-        parser.add_argument(as_flag(field.name), default=default, **options)
+        group = shared if hasattr(Config, field.name) or field.name == "data" else own
+        group.add_argument(as_flag(field.name), default=default, **options)
     try:
         config = config_class(**vars(parser.parse_args(argv)))
         if not config.data:
@@ -1394,14 +1427,14 @@ def training_data(train: Records, val: Records, labels: bool) -> list[dict]:
 
 # ---- a run's folder ------------------------------------------------------------------------------
 
-RUN_FILES = "config.json log.jsonl last.pt best.pt probe.pt results.json results.md roc.png".split()
-RUN_FILES.append("predictions.npz")
+RUN_FILES = (
+    "config.json log.jsonl last.pt best.pt probe.pt results.json results.md roc.png predictions.npz"
+).split()
 # Settings that may change when a run goes on: they change what is printed or how fast it is, not
 # what is computed.  --amp is compared by what it comes to.
 FREE_ON_RESUME = (
-    "amp compile compare out workers cache resume overwrite debug device strict".split()
-)
-FREE_ON_RESUME.append("save_seconds")
+    "amp compile compare out workers cache resume overwrite debug device strict save_seconds"
+).split()
 
 
 def launcher() -> str:
@@ -1463,6 +1496,8 @@ def read_last(config: Config, out: Path, ranks: Ranks) -> dict | None:
     """OUT/last.pt for --resume, None to start; UsageError if the run had other settings."""
     if not config.resume:
         return None
+    if (out / "best.pt").exists() and not (out / "last.pt").exists():
+        raise UsageError(f"--resume: {out} has a best.pt but no last.pt; --overwrite starts anew")
     if not (out / "last.pt").exists():
         ranks.print(f"--resume: there is no {out / 'last.pt'}, so the run starts")
         return None

@@ -85,11 +85,9 @@ def format_auc(entry: dict) -> str:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.card", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("python -m extras.card", None, about, allow_abbrev=False)
     parser.add_argument("file", help="best.pt, last.pt or probe.pt, or an ECGFounder file")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     run_command(run_card, parser, argv)
 
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import selfmis
-from extras.recordings import TEXT_FILES, check_recording, fill_gaps, read_recording
+from extras.recordings import TEXT_FILES, check_recording, fill_gaps, header_of, read_recording
 from extras.synthetic import ecg_paper, save_picture
 from selfmis import LEADS, MI_TYPES, RecordError, UsageError
 
 MINIMUM_CASES = 10  # rates and shares of fewer cases mean nothing
 PREVALENCE = 0.03  # 3.1 % of US adults have had an infarct (2023 guideline on coronary disease)
+SHARE = "probability, and times its share of the validation fold"
 DISCLAIMER = "research code, not a medical device: an infarct of today needs an emergency call"
 
 # ----------------------------------------------------------------------------------------------
@@ -150,9 +152,7 @@ def operating_point(validation: dict, specificity: float = 0.9, prevalence=PREVA
     point = {"specificity": specificity, "prevalence": prevalence, "validation_records": counts}
     if min(counts["infarct"], counts["normal"]) < MINIMUM_CASES:
         there = f"{counts['infarct']} infarcts and {counts['normal']} normal records"
-        reason = (
-            f"the validation fold has {there}; rates of fewer than {MINIMUM_CASES} mean nothing"
-        )
+        reason = f"the validation fold has {there}; fewer than {MINIMUM_CASES} say nothing"
         return point | {"threshold": None, "no_verdict": reason}
     # Of the highest normal scores, the first that is one too many stays below, with all that tie
     # with it. Half way from it to the next score, so that rounding does not decide.
@@ -160,17 +160,14 @@ def operating_point(validation: dict, specificity: float = 0.9, prevalence=PREVA
     below = np.sort(score[normal])[::-1][allowed]
     above = score[score > below].min(initial=below + 1)
     threshold = float(below + above) / 2
-    found = {
-        name: float((score[group] >= threshold).mean())
-        for name, group in groups.items()
-        if group.any()
-    }
-    right, wrong = found["infarct"] * prevalence, found["normal"] * (1 - prevalence)
+    positive = score >= threshold
+    rates = {name: positive[group].mean().item() for name, group in groups.items() if group.any()}
+    right, wrong = rates["infarct"] * prevalence, rates["normal"] * (1 - prevalence)
     return point | {
         "threshold": threshold,
-        "sensitivity": found["infarct"],
-        "false_alarms_normal": found["normal"],
-        "false_alarms_other": found.get("other"),
+        "sensitivity": rates["infarct"],
+        "false_alarms_normal": rates["normal"],
+        "false_alarms_other": rates.get("other"),  # None: the fold has no such record
         "predictive_value": right / (right + wrong) if right + wrong else None,
     }
 
@@ -196,21 +193,24 @@ def make_answer(probabilities: dict, content: dict, point: dict) -> dict:
 def verdict_lines(verdict: dict) -> list[str]:
     """The verdict and what it is worth, in words."""
     word = {True: "POSITIVE", False: "negative", None: "NO VERDICT"}[verdict["positive"]]
-    return [f"any infarct: {word} (score {verdict['score']:.3f})", *point_lines(verdict)]
+    numbers = f"score {verdict['score']:.3f}"
+    if verdict["threshold"] is not None:
+        numbers += f", positive from {verdict['threshold']:.3f}"
+    return [f"any infarct: {word} ({numbers})", *point_lines(verdict)]
 
 
 def point_lines(point: dict) -> list[str]:
-    """An operating point in words, or why there is none."""
+    """What an operating point finds and costs, or why there is none."""
     if point["threshold"] is None:
         return [point["no_verdict"]]
     counts = point["validation_records"]
-    found = f"{point['sensitivity']:.0%} of {counts['infarct']:,} infarcts"
-    alarms = f"{point['false_alarms_normal']:.0%} of {counts['normal']:,} normal"
+    alarms = f"{point['false_alarms_normal']:.0%} of its {counts['normal']:,} normal"
     if counts["other"]:
-        alarms += f" and {point['false_alarms_other']:.0%} of {counts['other']:,} other abnormal"
+        others = f"{counts['other']:,} other abnormal"
+        alarms += f" and {point['false_alarms_other']:.0%} of its {others}"
     lines = [
-        f"positive from {point['threshold']:.3f}: on the validation fold this finds {found}, "
-        f"with false alarms in {alarms} records"
+        f"finds {point['sensitivity']:.0%} of {counts['infarct']:,} infarcts in the validation fold",
+        f"false alarms: {alarms} records",
     ]
     if point["predictive_value"] is not None:
         where = f"{point['prevalence']:.1%} have an infarct and all others a normal ECG"
@@ -218,17 +218,14 @@ def point_lines(point: dict) -> list[str]:
     return lines
 
 
-def type_lines(types: dict) -> list[str]:
-    """Each type's probability, and how many times its share of the validation fold that is."""
-    lines = []
-    for name, entry in types.items():
-        line = f"{name:<6}{entry['probability']:7.4f}"
-        if entry["times_its_share"] is not None:
-            line += f"  {entry['times_its_share']:5.1f} x its share"
-        if entry["validation_positives"] < MINIMUM_CASES:
-            line += f" (of {entry['validation_positives']} cases only)"
-        lines.append(line)
-    return lines
+def type_words(entry: dict) -> str:
+    """A type's probability, and how many times its share of the validation fold that is."""
+    words = f"{entry['probability']:.4f}"
+    if entry["times_its_share"] is not None:
+        words += f"  {entry['times_its_share']:5.1f} x its share"
+    if entry["validation_positives"] < MINIMUM_CASES:
+        words += f"  (cases there: only {entry['validation_positives']})"
+    return words
 
 
 def describe_data(entries: list[dict]) -> str:
@@ -236,11 +233,9 @@ def describe_data(entries: list[dict]) -> str:
     words = []
     for entry in entries:
         chosen = "chosen by " if entry.get("use") == "validation" else ""
-        labels = "with labels" if entry["labels"] else "without labels"
+        records = f"{entry['records']:,} records {'with' if entry['labels'] else 'without'} labels"
         folds = " ".join(map(str, entry["folds"]))
-        words.append(
-            f"{chosen}{entry['data']}, {entry['records']:,} records {labels}, folds {folds}"
-        )
+        words.append(f"{chosen}{entry['data']}, {records}, folds {folds}")
     return "; ".join(words) or "nothing"
 
 
@@ -255,9 +250,9 @@ def describe_probe(content: dict) -> dict:
     return {
         "trained_on": describe_data(unique),
         "test_auc": {
-            "any infarct against normal": results["any"]["NORM"]["auc"],
-            "mean of nine types": results["nine"]["mean"],
-            "mean of six types": results["six"]["mean"],
+            "any_infarct_against_normal": results["any"]["NORM"]["auc"],
+            "mean_of_nine_types": results["nine"]["mean"],
+            "mean_of_six_types": results["six"]["mean"],
         },
         "warnings": warnings,
     }
@@ -265,39 +260,48 @@ def describe_probe(content: dict) -> dict:
 
 def probe_lines(probe: dict) -> list[str]:
     """`describe_probe` in words: one line, and the warnings."""
-    aucs = [f"{name} {auc:.3f}" for name, auc in probe["test_auc"].items() if auc is not None]
-    auc = ", ".join(aucs) or "not known"
-    lines = [f"probe trained on: {probe['trained_on']}; test AUC: {auc}"]
+    known = {name: auc for name, auc in probe["test_auc"].items() if auc is not None}
+    auc = ", ".join(f"{name.replace('_', ' ')} {auc:.3f}" for name, auc in known.items())
+    lines = [f"probe trained on: {probe['trained_on']}; test AUC: {auc or 'not known'}"]
     return lines + [f"warning: {warning}" for warning in probe["warnings"]]
 
 
-def draw_page(path, ecg: np.ndarray, sample_rate_hz: float, title: str, answer: dict) -> None:
+def draw_page(path, ecg: np.ndarray, rate_hz: float, title: str, entry: dict) -> None:
     """Up to 30 s of one lead (T,) in mV on ECG paper; below it the verdict and the types."""
-    width = int(10 * sample_rate_hz)
+    verdict, types = entry["any_infarct"], entry["types"]
+    lines = verdict_lines(verdict)
+    for warning in entry["warnings"]:
+        lines += textwrap.wrap(f"warning: {warning}", 110)
+    width = int(10 * rate_hz)
     rows = min(3, math.ceil(len(ecg) / width))
-    tall, below = 40 + 30 * rows, 92  # mm
+    tall, below = 25 + 30 * rows, 78 + 5 * len(lines)  # mm
     figure, axes = ecg_paper(260, tall, below)
     for row in range(rows):
         part = ecg[row * width : (row + 1) * width]
         mm = np.clip(10 * (part - np.median(ecg)), -14, 19)
-        axes.plot(25 * np.arange(len(part)) / sample_rate_hz, mm - 30 * row, "k", linewidth=0.8)
-    seconds = len(ecg) / sample_rate_hz
+        axes.plot(25 * np.arange(len(part)) / rate_hz, mm - 30 * row, "k", linewidth=0.8)
+    seconds = len(ecg) / rate_hz
     shown = f"first {rows * 10} of {seconds:.0f} s, " if seconds > rows * 10 else ""
     caption = f"{title}   {shown}25 mm/s, 10 mm/mV   {DISCLAIMER}"
     axes.text(0, 23, caption, fontsize=8, parse_math=False)  # a $ in a name is no formula
 
     # Neither red for an alarm nor green for its absence; no verdict has a frame of its own.
     looks = {True: ("#fbe3c0", "solid"), False: ("#e8edf2", "solid"), None: ("white", "dotted")}
-    colour, frame = looks[answer["any_infarct"]["positive"]]
+    colour, frame = looks[verdict["positive"]]
     box = {"facecolor": colour, "edgecolor": "#444444", "linestyle": frame, "pad": 6}
-    text = "\n".join(verdict_lines(answer["any_infarct"]))
-    figure.text(0.02, (below - 4) / (tall + below), text, va="top", fontsize=10, bbox=box)
-    p = [entry["probability"] for entry in answer["types"].values()]
-    area = (0.3, 12 / (tall + below), 0.66, 54 / (tall + below))
-    bars = figure.add_axes(area, xlim=(0, max(0.05, 1.05 * max(p))), xlabel="probability")
-    bars.barh(range(len(p)), p, color="#8595a5")
-    bars.set_yticks(range(len(p)), type_lines(answer["types"]), family="monospace", fontsize=8)
+    style = {"va": "top", "fontsize": 10, "parse_math": False, "bbox": box}
+    figure.text(0.03, (below - 3) / (tall + below), "\n".join(lines), **style)
+
+    p = [each["probability"] for each in types.values()]
+    area = (0.07, 14 / (tall + below), 0.48, 50 / (tall + below))
+    # Half the scale at least: a bar across the page for 5 % would look like an alarm.
+    bars = figure.add_axes(area, xlim=(0, max(0.5, *p)), xlabel="probability of each type")
+    bars.barh(list(types), p, color="#8595a5")
+    place = {"transform": bars.get_yaxis_transform(), "va": "center", "fontsize": 9}
+    for row, text in enumerate([SHARE, *map(type_words, types.values())], -1):
+        bars.text(1.04, row, text, family="monospace", **place)
     bars.invert_yaxis()
+    bars.tick_params(axis="y", length=0)
     bars.spines[["top", "right"]].set_visible(False)
     save_picture(figure, path)
 
@@ -307,25 +311,90 @@ def draw_page(path, ecg: np.ndarray, sample_rate_hz: float, title: str, answer: 
 # ----------------------------------------------------------------------------------------------
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.detect", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    kinds = "WFDB records, .csv, .tsv, .txt or .npy files, or folders of them"
-    parser.add_argument("recordings", nargs="+", type=Path, help=kinds)
-    parser.add_argument("--probe", required=True, help="probe.pt of train_probe.py")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    add = parser.add_argument_group("what a file does not say, or says wrong").add_argument
-    add("--sample-rate", type=float, metavar="HZ")
-    add("--unit", choices=("V", "mV", "uV", "nV"), help="of text and .npy files; default: mV")
-    add("--column", help="its name, or its number from 1 (of text; times are not counted)")
-    add = parser.add_argument_group("the answer").add_argument
-    add("--specificity", type=share, default=0.9, help="among normal records; default: 0.9")
-    usual = f"of infarcts among those you ask about; default: {PREVALENCE}, as in US adults"
-    add("--prevalence", type=share, default=PREVALENCE, help=usual)
-    add("--json", action="store_true", help="print JSON instead of words")
-    add("--picture", metavar="PAGE.png", help="draw the strip and the answer of one recording")
-    run_command(run_detect, parser, argv)
+def find_recordings(paths: list[Path]) -> list[Path]:
+    """Every recording once: a header, its data file and the segments it names are one."""
+    kinds = (".hea", ".npy", *TEXT_FILES)
+    recordings, segments = {}, []
+    for path in paths:
+        inside = []
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in kinds]
+        for file in [file for file in inside if file.is_file()] or [path]:
+            header = header_of(file)
+            recordings.setdefault(header, file)
+            segments += segments_of(header)
+    return [file for header, file in recordings.items() if header not in segments]
+
+
+def segments_of(header: Path) -> list[Path]:
+    """The headers that a WFDB header of several segments ("name/2 ...") puts together."""
+    if header.suffix != ".hea" or not header.is_file():
+        return []
+    text = header.read_text(encoding="utf-8", errors="replace")
+    lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    if not lines or "/" not in lines[0][0]:
+        return []
+    return [header.with_name(f"{line[0]}.hea") for line in lines[1:]]
+
+
+def answer_recording(detector: Detector, point: dict, path: Path, flags) -> tuple[dict, np.ndarray]:
+    """(what --json prints of one recording, its first lead in mV)."""
+    if path.is_dir():
+        raise UsageError(f"{path}: a folder without recordings")
+    known = {"sample_rate_hz": flags.sample_rate, "unit": flags.unit, "column": flags.column}
+    ecg, rate, warnings = read_recording(path, detector.leads, **known)
+    try:
+        answer = make_answer(detector(ecg, rate), detector.content, point)
+    except UsageError as error:
+        raise RecordError(f"{path}: {error}") from error
+    warnings = warnings + check_recording(ecg, rate, detector.leads)
+    entry = {"file": str(path), "leads": detector.leads, "seconds": ecg.shape[1] / rate}
+    return entry | {"sample_rate_hz": rate, "warnings": warnings} | answer, ecg[0]
+
+
+def answer_lines(entry: dict) -> list[str]:
+    """An answer in words."""
+    what = f"{entry['seconds']:.1f} s at {entry['sample_rate_hz']:g} Hz"
+    lines = ["", f"{entry['file']}: {what}, lead {' '.join(entry['leads'])}"]
+    lines += [f"warning: {warning}" for warning in entry["warnings"]]
+    lines += [*verdict_lines(entry["any_infarct"]), f"types: {SHARE}"]
+    return lines + [f"  {name:<6} {type_words(each)}" for name, each in entry["types"].items()]
+
+
+def run_detect(flags: argparse.Namespace) -> int:
+    """Answers each recording that can be read; 2 if one could not, else 0."""
+    detector = load_detector(flags.probe)
+    probe = describe_probe(detector.content)
+    validation = detector.content["validation"]
+    point = operating_point(validation, flags.specificity, flags.prevalence)
+    paths = find_recordings(flags.recordings)
+    if flags.picture and len(paths) > 1:
+        raise UsageError(f"--picture: draws one recording, {len(paths)} were given")
+    words, entries, status = probe_lines(probe), [], 0
+    for path in paths:
+        try:
+            entry, lead = answer_recording(detector, point, path, flags)
+            words += answer_lines(entry)
+        except UsageError as error:  # the others are answered all the same
+            if flags.debug:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            entry, status = {"file": str(path), "error": str(error)}, 2
+        entries.append(entry)
+        if not flags.json:
+            print("\n".join(words), flush=True)
+            words = []
+        if flags.picture and not status:
+            all_warnings = {"warnings": probe["warnings"] + entry["warnings"]}
+            title = f"{path.stem}, lead {detector.leads[0]}"
+            draw_page(flags.picture, lead, entry["sample_rate_hz"], title, entry | all_warnings)
+            entry["picture"] = flags.picture
+    if flags.json:
+        content = {"probe": probe, "recordings": entries}
+        print(json.dumps(selfmis.nan_to_none(content), indent=1))
+    else:
+        print(f"picture: {flags.picture}" if flags.picture else "", DISCLAIMER, sep="\n")
+    return status
 
 
 def share(text: str) -> float:
@@ -337,11 +406,12 @@ def share(text: str) -> float:
 
 def run_command(action, parser: argparse.ArgumentParser, argv=None) -> None:
     """What a user can cause is one sentence and exit code 2; --debug shows the traceback."""
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    flags = parser.parse_args(argv)
     try:
-        status = action(arguments)
+        status = action(flags)
     except UsageError as error:
-        if arguments.debug:
+        if flags.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         status = 2
@@ -349,85 +419,23 @@ def run_command(action, parser: argparse.ArgumentParser, argv=None) -> None:
         sys.exit(status)
 
 
-def run_detect(arguments: argparse.Namespace) -> int:
-    """Answers each recording that can be read; 2 if one could not, else 0."""
-    detector = load_detector(arguments.probe)
-    content, probe = detector.content, describe_probe(detector.content)
-    point = operating_point(content["validation"], arguments.specificity, arguments.prevalence)
-    paths = find_recordings(arguments.recordings)
-    if arguments.picture and len(paths) > 1:
-        raise UsageError(f"--picture: draws one recording, {len(paths)} were given")
-    if not arguments.json:
-        print("\n".join(probe_lines(probe)))
-    entries = []
-    for path in paths:
-        try:
-            entries.append(answer_recording(detector, point, path, arguments))
-        except UsageError as error:  # the others are answered all the same
-            if arguments.debug:
-                raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            entries.append({"file": str(path), "error": str(error)})
-    if arguments.json:
-        content = {"probe": probe, "recordings": entries}
-        print(json.dumps(selfmis.nan_to_none(content), indent=1))
-    else:
-        print(f"\n{DISCLAIMER}")
-    return 2 * any("error" in entry for entry in entries)
-
-
-def answer_recording(detector: Detector, point: dict, path: Path, arguments) -> dict:
-    """Reads, answers, draws and prints one recording; returns its entry in the JSON."""
-    flags = {"sample_rate_hz": arguments.sample_rate, "unit": arguments.unit}
-    flags["column"] = arguments.column
-    ecg, rate, warnings = read_recording(path, detector.leads, **flags)
-    try:
-        answer = make_answer(detector(ecg, rate), detector.content, point)
-    except UsageError as error:
-        raise RecordError(f"{path}: {error}") from error
-    warnings += check_recording(ecg, rate, detector.leads)
-    entry = {"file": str(path), "leads": detector.leads, "seconds": ecg.shape[1] / rate}
-    entry |= {"sample_rate_hz": rate, "warnings": warnings} | answer
-    if not arguments.json:
-        seconds, lead = f"{entry['seconds']:.1f} s", " ".join(detector.leads)
-        print(f"\n{path}: {seconds} at {rate:g} Hz, lead {lead}")
-        lines = [f"warning: {warning}" for warning in warnings]
-        lines += verdict_lines(answer["any_infarct"])
-        lines += ["types by probability; its share is that in the validation fold:"]
-        print("\n".join(lines + type_lines(answer["types"])))
-    if arguments.picture:
-        title = f"{path.stem}, lead {detector.leads[0]}"
-        draw_page(arguments.picture, ecg[0], rate, title, answer)
-        entry["picture"] = arguments.picture
-        if not arguments.json:
-            print(f"picture: {arguments.picture}")
-    return entry
-
-
-def find_recordings(paths: list[Path]) -> list[Path]:
-    """Every recording once: the segments of a record are left out, their master is listed."""
-    found = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        kinds = (".hea", ".npy", *TEXT_FILES)
-        files = [file for file in path.rglob("*") if file.suffix.lower() in kinds]
-        segments = {name for file in files if file.suffix == ".hea" for name in segments_of(file)}
-        inside = [file for file in sorted(files) if file.is_file() and file not in segments]
-        if not inside:
-            raise UsageError(f"{path}: a folder without recordings")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
-def segments_of(header: Path) -> list[Path]:
-    """The headers that a header of several segments ("name/2 ...") puts together."""
-    text = header.read_text(encoding="utf-8", errors="replace") if header.is_file() else ""
-    lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
-    if not lines or "/" not in lines[0][0]:
-        return []
-    return [header.with_name(f"{line[0]}.hea") for line in lines[1:]]
+def main(argv=None) -> None:
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("python -m extras.detect", None, about, allow_abbrev=False)
+    kinds = "WFDB records, .csv, .tsv, .txt or .npy files, or folders of them"
+    parser.add_argument("recordings", nargs="+", type=Path, help=kinds)
+    parser.add_argument("--probe", required=True, help="probe.pt of train_probe.py")
+    add = parser.add_argument_group("what a file does not say, or says wrong").add_argument
+    add("--sample-rate", type=float, metavar="HZ")
+    add("--unit", choices=("V", "mV", "uV", "nV"), help="of text and .npy files; default: mV")
+    add("--column", help="its name, or its number from 1 (of text; times are not counted)")
+    add = parser.add_argument_group("the answer").add_argument
+    add("--specificity", type=share, default=0.9, help="among normal records; default: 0.9")
+    usual = f"of infarcts among those you ask about; default: {PREVALENCE}, as in US adults"
+    add("--prevalence", type=share, default=PREVALENCE, help=usual)
+    add("--json", action="store_true", help="print JSON instead of words")
+    add("--picture", metavar="PAGE.png", help="draw the strip and the answer of one recording")
+    run_command(run_detect, parser, argv)
 
 
 if __name__ == "__main__":

@@ -98,12 +98,10 @@ def write(out: Path, content: bytes) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.export", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("python -m extras.export", None, about, allow_abbrev=False)
     parser.add_argument("probe", help="probe.pt of train_probe.py")
     parser.add_argument("out", help="OUT.onnx or OUT.pt2")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     run_command(run_export, parser, argv)
 
 

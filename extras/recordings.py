@@ -91,13 +91,20 @@ def fill_gaps(ecg: np.ndarray, sample_rate_hz: float) -> tuple[np.ndarray, np.nd
 # ----------------------------------------------------------------------------------------------
 
 
+def header_of(path: Path) -> Path:
+    """The header of a WFDB record that is given by its name or its data file; else the path."""
+    if path.suffix.lower() in (".npy", *TEXT_FILES):
+        return path
+    headers = [Path(f"{path}.hea"), path.with_suffix(".hea")]
+    return next((header for header in headers if header.is_file()), path)
+
+
 def read_record(path: Path, leads, unit: str | None, column: str | None):
     """A WFDB record by its name, its header, or the data file beside its header.
 
     --column names a signal. Units are those of the header.
     """
-    if not Path(f"{path}.hea").is_file() and path.with_suffix(".hea").is_file():
-        path = path.with_suffix("")
+    path = Path(str(header_of(path)).removesuffix(".hea"))
     try:
         ecg, rate = selfmis.read_wfdb(path, leads if column is None else (column,))
     except RecordError as error:
