@@ -926,11 +926,11 @@ def as_markdown(lines: list[list]) -> str:
 def draw_roc(path: Path, head: TrainedHead, y: np.ndarray, results: dict) -> None:
     """ROC curves of the types that have enough positives."""
     figure_class = selfmis.import_optional("matplotlib.figure", "drawing roc.png").Figure
-    figure = figure_class(figsize=(8, 5.5), layout="constrained")
+    figure = figure_class(figsize=(5.5, 5.5))
     axes = figure.add_subplot(
         title=f"{head.name} head, seed {head.seed}", xlabel="1 - specificity", ylabel="sensitivity"
     )
-    axes.set(aspect="equal", xlim=(0, 1), ylim=(0, 1.005))
+    axes.set(box_aspect=1, xlim=(0, 1), ylim=(0, 1.005))
     axes.plot([0, 1], [0, 1], color="0.8", lw=0.8)
     for t in MI_TYPES:
         k = STATEMENTS.index(t)
@@ -944,9 +944,9 @@ def draw_roc(path: Path, head: TrainedHead, y: np.ndarray, results: dict) -> Non
         style = "-" if positives >= MINIMUM_POSITIVES else ":"
         axes.plot(false_alarms, sensitivity, style, label=f"{t} {auc:.3f} (n = {positives})")
     title = f"AUC; dotted: fewer than {MINIMUM_POSITIVES} positives"
-    figure.legend(loc="outside right upper", title=title, frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title=title, frameon=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
     selfmis.write_atomically(path, buffer.getvalue())
 
 

@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import textwrap
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import nn
 import selfmis
 from extras.recordings import TEXT_FILES, check_recording, fill_gaps, header_of, read_recording
 from extras.synthetic import ecg_paper, save_picture
-from selfmis import LEADS, MI_TYPES, RecordError, UsageError
+from selfmis import LEADS, MI_TYPES, RecordError, UsageError, segment_names
 
 MINIMUM_CASES = 10  # rates and shares of fewer cases mean nothing
 PREVALENCE = 0.03  # 3.1 % of US adults have had an infarct (2023 guideline on coronary disease)
@@ -85,6 +86,8 @@ class Detector:
 
     def __call__(self, ecg, sample_rate_hz: float) -> dict:
         ecg = self.as_numbers(ecg)
+        if not isinstance(sample_rate_hz, Real) or not 1 <= sample_rate_hz <= 100_000:
+            raise UsageError(f"a sample rate of {sample_rate_hz} Hz: expected 1 to 100,000")
         batch = ecg.reshape((1,) * (3 - ecg.ndim) + ecg.shape)  # (N, L, T)
         means = np.stack([self.mean_probability(one, sample_rate_hz) for one in batch])  # (N, 9)
         if ecg.ndim == 3:
@@ -209,7 +212,7 @@ def point_lines(point: dict) -> list[str]:
         others = f"{counts['other']:,} other abnormal"
         alarms += f" and {point['false_alarms_other']:.0%} of its {others}"
     lines = [
-        f"finds {point['sensitivity']:.0%} of {counts['infarct']:,} infarcts in the validation fold",
+        f"finds {point['sensitivity']:.0%} of the validation fold's {counts['infarct']:,} infarcts",
         f"false alarms: {alarms} records",
     ]
     if point["predictive_value"] is not None:
@@ -232,7 +235,7 @@ def describe_data(entries: list[dict]) -> str:
     """The data that something was trained on and chosen by, in one line."""
     words = []
     for entry in entries:
-        chosen = "chosen by " if entry.get("use") == "validation" else ""
+        chosen = "chosen by " if entry["use"] == "validation" else ""
         records = f"{entry['records']:,} records {'with' if entry['labels'] else 'without'} labels"
         folds = " ".join(map(str, entry["folds"]))
         words.append(f"{chosen}{entry['data']}, {records}, folds {folds}")
@@ -242,7 +245,7 @@ def describe_data(entries: list[dict]) -> str:
 def describe_probe(content: dict) -> dict:
     """What a probe was trained on, how it did on its test fold, and what to be warned of."""
     entries = content["training_data"] + content["head_training_data"]
-    trained = [entry for entry in entries if "use" not in entry]
+    trained = [entry for entry in entries if entry["use"] == "training"]
     unique = [entry for i, entry in enumerate(trained) if entry not in trained[:i]]
     results, warnings = content["results"], list(content["warnings"])
     if all(entry["data"].startswith("synthetic") for entry in entries):
@@ -322,78 +325,74 @@ def find_recordings(paths: list[Path]) -> list[Path]:
         for file in [file for file in inside if file.is_file()] or [path]:
             header = header_of(file)
             recordings.setdefault(header, file)
-            segments += segments_of(header)
+            if header.suffix == ".hea" and header.is_file():
+                segments += [header.with_name(f"{name}.hea") for name in segment_names(header)]
     return [file for header, file in recordings.items() if header not in segments]
 
 
-def segments_of(header: Path) -> list[Path]:
-    """The headers that a WFDB header of several segments ("name/2 ...") puts together."""
-    if header.suffix != ".hea" or not header.is_file():
-        return []
-    text = header.read_text(encoding="utf-8", errors="replace")
-    lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
-    if not lines or "/" not in lines[0][0]:
-        return []
-    return [header.with_name(f"{line[0]}.hea") for line in lines[1:]]
-
-
-def answer_recording(detector: Detector, point: dict, path: Path, flags) -> tuple[dict, np.ndarray]:
-    """(what --json prints of one recording, its first lead in mV)."""
+def answer_recording(detector: Detector, probe: dict, path: Path, flags) -> dict:
+    """What --json prints of one recording; it is drawn too where --picture asks for it."""
     if path.is_dir():
         raise UsageError(f"{path}: a folder without recordings")
     known = {"sample_rate_hz": flags.sample_rate, "unit": flags.unit, "column": flags.column}
     ecg, rate, warnings = read_recording(path, detector.leads, **known)
     try:
-        answer = make_answer(detector(ecg, rate), detector.content, point)
+        probabilities = detector(ecg, rate)
     except UsageError as error:
         raise RecordError(f"{path}: {error}") from error
-    warnings = warnings + check_recording(ecg, rate, detector.leads)
     entry = {"file": str(path), "leads": detector.leads, "seconds": ecg.shape[1] / rate}
-    return entry | {"sample_rate_hz": rate, "warnings": warnings} | answer, ecg[0]
+    entry["sample_rate_hz"] = rate
+    entry["warnings"] = warnings + check_recording(ecg, rate, detector.leads)
+    validation = detector.content["validation"]
+    point = operating_point(validation, flags.specificity, flags.prevalence)
+    entry |= make_answer(probabilities, detector.content, point)
+    if flags.picture:
+        title = f"{path.stem}, lead {detector.leads[0]}"
+        warnings = {"warnings": probe["warnings"] + entry["warnings"]}
+        draw_page(flags.picture, ecg[0], rate, title, entry | warnings)
+        entry["picture"] = flags.picture
+    return entry
 
 
 def answer_lines(entry: dict) -> list[str]:
     """An answer in words."""
     what = f"{entry['seconds']:.1f} s at {entry['sample_rate_hz']:g} Hz"
-    lines = ["", f"{entry['file']}: {what}, lead {' '.join(entry['leads'])}"]
+    lines = [f"{entry['file']}: {what}, lead {' '.join(entry['leads'])}"]
     lines += [f"warning: {warning}" for warning in entry["warnings"]]
     lines += [*verdict_lines(entry["any_infarct"]), f"types: {SHARE}"]
-    return lines + [f"  {name:<6} {type_words(each)}" for name, each in entry["types"].items()]
+    lines += [f"  {name:<6} {type_words(each)}" for name, each in entry["types"].items()]
+    if "picture" in entry:
+        lines.append(f"picture: {entry['picture']}")
+    return lines
 
 
 def run_detect(flags: argparse.Namespace) -> int:
     """Answers each recording that can be read; 2 if one could not, else 0."""
     detector = load_detector(flags.probe)
     probe = describe_probe(detector.content)
-    validation = detector.content["validation"]
-    point = operating_point(validation, flags.specificity, flags.prevalence)
     paths = find_recordings(flags.recordings)
     if flags.picture and len(paths) > 1:
         raise UsageError(f"--picture: draws one recording, {len(paths)} were given")
-    words, entries, status = probe_lines(probe), [], 0
+    if not flags.json:
+        print("\n".join(probe_lines(probe)), end="\n\n")
+    entries, status = [], 0
     for path in paths:
         try:
-            entry, lead = answer_recording(detector, point, path, flags)
-            words += answer_lines(entry)
+            entries.append(answer_recording(detector, probe, path, flags))
         except UsageError as error:  # the others are answered all the same
             if flags.debug:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
-            entry, status = {"file": str(path), "error": str(error)}, 2
-        entries.append(entry)
-        if not flags.json:
-            print("\n".join(words), flush=True)
-            words = []
-        if flags.picture and not status:
-            all_warnings = {"warnings": probe["warnings"] + entry["warnings"]}
-            title = f"{path.stem}, lead {detector.leads[0]}"
-            draw_page(flags.picture, lead, entry["sample_rate_hz"], title, entry | all_warnings)
-            entry["picture"] = flags.picture
+            entries.append({"file": str(path), "error": str(error)})
+            status = 2
+        else:
+            if not flags.json:
+                print("\n".join(answer_lines(entries[-1])), end="\n\n", flush=True)
     if flags.json:
         content = {"probe": probe, "recordings": entries}
         print(json.dumps(selfmis.nan_to_none(content), indent=1))
     else:
-        print(f"picture: {flags.picture}" if flags.picture else "", DISCLAIMER, sep="\n")
+        print(DISCLAIMER)
     return status
 
 

@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from extras.detect import (
     operating_point,
     run_command,
 )
-from selfmis import MI_TYPES, UsageError, nan_to_none
+from selfmis import MI_TYPES, UsageError, nan_to_none, write_atomically
 
 
 def export_detector(path, out) -> str:
@@ -44,7 +43,7 @@ def export_detector(path, out) -> str:
     batch = ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=batch)
     convert = to_onnx if out.suffix == ".onnx" else to_pt2
-    write(out, convert(program, about_detector(detector)))
+    write_atomically(out, convert(program, about_detector(detector)))
     gives = f"probability (batch, {len(MI_TYPES)}) of {', '.join(MI_TYPES)}"
     return f"{out}: input ecg (batch, {shape[0]}, {shape[1]}) in mV, output {gives}"
 
@@ -83,18 +82,6 @@ def to_onnx(program, about: dict[str, str]) -> bytes:
         model = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     model.model.metadata_props.update(about)
     return model.model_proto.SerializeToString()
-
-
-def write(out: Path, content: bytes) -> None:
-    """A file that is there stays whole if this fails."""
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, out)
-    except OSError as error:  # no such folder, a folder of that name, a full disk
-        if temporary.exists():
-            temporary.unlink()
-        raise UsageError(f"{out}: cannot be written ({error.strerror})") from error
 
 
 def main(argv=None) -> None:

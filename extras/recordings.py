@@ -104,7 +104,10 @@ def read_record(path: Path, leads, unit: str | None, column: str | None):
 
     --column names a signal. Units are those of the header.
     """
-    path = Path(str(header_of(path)).removesuffix(".hea"))
+    header = header_of(path)
+    if header == path and path.is_file() and path.suffix != ".hea":
+        raise RecordError(f"{path}: neither a WFDB record nor .csv, .tsv, .txt or .npy; convert it")
+    path = Path(str(header).removesuffix(".hea"))
     try:
         ecg, rate = selfmis.read_wfdb(path, leads if column is None else (column,))
     except RecordError as error:

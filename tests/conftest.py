@@ -1,4 +1,4 @@
-"""What several tests share: tiny collections of made-up ECG in the layouts that users have, and tiny encoders."""
+"""What several tests share: tiny collections of made-up ECG as users have them, tiny encoders."""
 
 import csv
 import os
@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # many short processes: threads only get in each other's way
+# Many short processes: threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import selfmis
+from extras.synthetic import synthesize
 
 HERE = Path(__file__).parents[1]
 TINY = dict(stem=16, widths=(16, 32), depths=(1, 1))
@@ -22,7 +24,8 @@ PTBXL_NAMES = tuple(name.upper() if name.startswith("a") else name for name in s
 
 
 def pytest_configure(config):
-    for module in ("selfmis", "train_pretrain", "train_probe"):
+    extras = [f"extras.{file.stem}" for file in (HERE / "extras").glob("*.py")]
+    for module in ("selfmis", "train_pretrain", "train_probe", *extras):
         config.addinivalue_line("filterwarnings", f"error:::{module}")
 
 
@@ -36,26 +39,42 @@ def write_record(stem, ecg, names=selfmis.LEADS, rate=100, unit="mV", adu=1000):
     n = len(names)
     digital = np.rint(np.where(np.isfinite(ecg), ecg, 0).T * scale * adu).astype(np.int64)
     digital[~np.isfinite(ecg.T)] = -32768  # format 16's mark of an invalid sample
-    wfdb.wrsamp(stem.name, rate, [unit] * n, list(names), d_signal=digital, fmt=["16"] * n, adc_gain=[adu] * n, baseline=[0] * n, write_dir=str(stem.parent))
+    wfdb.wrsamp(
+        stem.name,
+        rate,
+        [unit] * n,
+        list(names),
+        d_signal=digital,
+        fmt=["16"] * n,
+        adc_gain=[adu] * n,
+        baseline=[0] * n,
+        write_dir=str(stem.parent),
+    )
 
 
 def made_up(n, rate=100, seconds=10.0, seed=0):
-    return selfmis.synthesize(n, seed, sample_rate_hz=rate, seconds=seconds)
+    """(n, 12, T) mV and labels (n, 44)."""
+    return synthesize(n, seed, sample_rate_hz=rate, seconds=seconds)
 
 
 @pytest.fixture(scope="session")
 def ptbxl(tmp_path_factory):
-    """80 records in PTB-XL's layout (records100), eight a fold, a patient each; every fold has every label of LABELS."""
+    """80 records in PTB-XL's layout (records100), eight a fold, a patient each.
+
+    Every fold has every label of `labels`.
+    """
     root = tmp_path_factory.mktemp("ptb-xl")
     x, _ = made_up(80)
     labels = ("NORM", "IMI", "ASMI", "ALMI", "AMI", "ILMI", "LMI", "PMI")
+    columns = "ecg_id patient_id scp_codes strat_fold filename_lr filename_hr".split()
     with open(root / "ptbxl_database.csv", "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_lr", "filename_hr"])
+        table.writerow(columns)
         for i in range(80):
-            path = f"records100/00000/{i:05}_lr"
-            write_record(root / path, x[i], PTBXL_NAMES)
-            table.writerow([i, float(i + 1000), str({labels[i // 10]: 15.0, "SR": 0.0}), i % 10 + 1, path, f"records500/00000/{i:05}_hr"])
+            low, high = (f"records{rate}/00000/{i:05}" for rate in (100, 500))
+            write_record(root / f"{low}_lr", x[i], PTBXL_NAMES)
+            codes = str({labels[i // 10]: 15.0, "SR": 0.0})
+            table.writerow([i, float(i + 1000), codes, i % 10 + 1, f"{low}_lr", f"{high}_hr"])
     return root
 
 
@@ -69,9 +88,10 @@ def mimic(tmp_path_factory):
         table = csv.writer(file)
         table.writerow(["subject_id", "study_id", "file_name", "ecg_time", "path"])
         for i in range(48):
-            path = f"files/p1000/p{10000000 + i // 2}/s{i}/{i}"
+            patient = 10000000 + i // 2
+            path = f"files/p1000/p{patient}/s{i}/{i}"
             write_record(root / path, x[i][order], MIMIC_ORDER, adu=200)
-            table.writerow([10000000 + i // 2, i, f"{i}.dat", "2100-01-01 00:00:00", path])
+            table.writerow([patient, i, f"{i}.dat", "2100-01-01 00:00:00", path])
     return root
 
 
@@ -82,18 +102,24 @@ def tiny(tmp_path_factory):
     paths = {}
     for leads, lead in ((1, "I"), (12, "all")):
         torch.manual_seed(leads)
-        view = selfmis.View(lead, 100, {"normalize": "zscore", "filter": "none"})
-        content = selfmis.encoder_content(selfmis.ResNet1D(leads, **TINY), view, [])
+        spec = selfmis.InputSpec(lead, 100, {"normalize": "zscore", "filter": "none"})
+        content = selfmis.encoder_content(selfmis.ResNet1D(leads, **TINY), spec, [])
         content["lead"] = None if leads == 1 else lead  # so that --lead is free
         paths[leads] = str(folder / f"{leads}.pt")
         selfmis.save(Path(paths[leads]), content)
     return paths
 
 
-def run(script, *arguments, cwd, processes=0, timeout=150, env=None):
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def run(script, *arguments, cwd, processes=0, restarts=0, timeout=150, env=None):
     """A script as a user starts it; returns the finished process with its text."""
     launcher = [sys.executable]
     if processes:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        launcher = [*TORCHRUN, str(processes), "--max_restarts", str(restarts)]
     command = [*launcher, str(HERE / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env
+    )

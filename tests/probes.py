@@ -16,6 +16,7 @@ from selfmis import LEADS, MI_TYPES, STATEMENTS
 
 NINE = [STATEMENTS.index(t) for t in MI_TYPES]
 PTBXL_DATA = {"data": "ptb-xl", "folds": [1, 2], "labels": True, "records": 17_000}
+PTBXL_DATA["use"] = "training"
 
 
 def rows_of(leads):

@@ -183,6 +183,8 @@ def test_what_a_detector_refuses(probes):
         (one, np.full(5120, 0.3), 512, "flat"),
         (one, x[0], 0, "sample rate of 0 Hz"),
         (one, x[0], math.nan, "sample rate of nan Hz"),
+        (one, x[0], None, "sample rate of None Hz"),
+        (one, x[0], "500", "sample rate of 500 Hz"),
     ):
         with pytest.raises(UsageError, match=sentence):
             detector(ecg, rate)
@@ -331,10 +333,10 @@ def test_the_answer_ranks_the_types_and_says_how_usual_they_are():
     right = point["sensitivity"] * 0.03
     wrong = point["false_alarms_normal"] * 0.97
     assert verdict["predictive_value"] == pytest.approx(right / (right + wrong))
-    lines = extras.detect.type_lines(answer["types"])
-    assert lines[0].split() == ["IMI", "0.5000", "2.0", "x", "its", "share"]
-    assert "(of 2 cases only)" in lines[2] and "share (" in lines[2]
-    assert "its share" not in lines[3] and "(of 0 cases only)" in lines[3]
+    lines = [extras.detect.type_words(entry) for entry in answer["types"].values()]
+    assert lines[0].split() == ["0.5000", "2.0", "x", "its", "share"]
+    assert "18.0 x its share  (cases there: only 2)" in lines[2]
+    assert "its share" not in lines[3] and "(cases there: only 0)" in lines[3]
 
 
 # --- the command ---
@@ -358,7 +360,7 @@ def test_positive_at_or_above_the_threshold(tmp_path, probes, record, capsys):
             not positive,
         )
         assert f"positive from {entry['threshold']:.3f}" in out
-        assert f"{entry['false_alarms_normal']:.0%} of 201 normal records" in out
+        assert f"{entry['false_alarms_normal']:.0%} of its 201 normal records" in out
     for flag in ("--specificity", "--prevalence"):
         for value in ("90", "1", "0", "-0.1", "nan", "high"):
             code, _, errors = detect(capsys, path, record, flag, value)
@@ -370,10 +372,10 @@ def test_what_is_printed_is_what_stands_in_json(probes, record, capsys):
     out = detect(capsys, probes["one"], record)[1]
     assert (entry["seconds"], entry["sample_rate_hz"], entry["leads"]) == (20, 500, ["I"])
     verdict = entry["any_infarct"]
-    assert f"(score {verdict['score']:.3f})" in out and "20.0 s at 500 Hz, lead I" in out
-    assert f"finds {verdict['sensitivity']:.0%} of 100 infarcts" in out
-    assert f"{verdict['false_alarms_other']:.0%} of 60 other abnormal records" in out
-    assert f"where 3.0% have an infarct and all others a normal ECG" in out
+    assert f"(score {verdict['score']:.3f}, " in out and "20.0 s at 500 Hz, lead I" in out
+    assert f"finds {verdict['sensitivity']:.0%} of the validation fold's 100 infarcts" in out
+    assert f"{verdict['false_alarms_other']:.0%} of its 60 other abnormal records" in out
+    assert "where 3.0% have an infarct and all others a normal ECG" in out
     assert f"{verdict['predictive_value']:.0%} of positives are right" in out
     ranked = sorted(MI_TYPES, key=lambda t: -entry["types"][t]["probability"])
     assert list(entry["types"]) == ranked
@@ -382,7 +384,7 @@ def test_what_is_printed_is_what_stands_in_json(probes, record, capsys):
     for line, t in zip(lines, ranked, strict=True):
         assert f"{entry['types'][t]['probability']:.4f}" in line
         assert f"{entry['types'][t]['times_its_share']:.1f} x its share" in line
-        assert ("cases only" in line) == (t == "PMI")
+        assert ("only 2" in line) == (t == "PMI")
     assert "POSITIVE" not in "".join(lines) and "negative" not in "".join(lines)
     assert "not a medical device" in out
 
@@ -404,7 +406,7 @@ def test_no_verdict_without_ten_infarcts_and_ten_normal_records(
 
 
 def test_what_the_probe_is_stands_before_the_answer(tmp_path, probes, record, capsys):
-    synthetic = {"data": "synthetic:0", "folds": [1, 2], "labels": True, "records": 2_000}
+    synthetic = PTBXL_DATA | {"data": "synthetic:0", "records": 2_000}
     nothing = results_of() | {"any": {"NORM": {"auc": None}}}
     cases = (
         ({}, [], "ptb-xl, 17,000 records without labels, folds 1 2; ptb-xl, 17,000 records with"),
@@ -465,8 +467,8 @@ def test_a_folder_and_several_files(tmp_path, probes, source, capsys):
     twice = answers(capsys, probes["one"], tmp_path / "a", *want)
     assert sorted(twice) == sorted(map(str, want))
     (tmp_path / "empty").mkdir()
-    code, _, errors = detect(capsys, probes["one"], tmp_path / "empty", want[0])
-    assert code == 2
+    code, out, errors = detect(capsys, probes["one"], tmp_path / "empty", want[0])
+    assert code == 2 and "IMI" in out
     assert errors == [f"error: {tmp_path}/empty: a folder without recordings"]
 
 
@@ -480,6 +482,10 @@ def test_a_record_of_several_segments_is_one_recording(tmp_path, probes, source,
     want = list(load_detector(probes["one"])(source[0, :1], 500).values())
     np.testing.assert_allclose(probabilities(found[str(tmp_path / "r.hea")]), want, atol=2e-3)
     assert list(answers(capsys, probes["one"], tmp_path / "r_1")) == [str(tmp_path / "r_1")]
+    names = sorted(tmp_path.iterdir())  # as a shell gives folder/*
+    assert list(answers(capsys, probes["one"], *names)) == [str(tmp_path / "r.hea")]
+    one = [tmp_path / name for name in ("r_1.dat", "r_1", "r_1.hea")]
+    assert list(answers(capsys, probes["one"], *one)) == [str(one[0])]
 
 
 def test_a_traceback_is_shown_when_asked_for_and_for_our_own_defects(
@@ -682,12 +688,18 @@ def test_the_page_shows_the_strip_in_scale_the_verdict_and_the_types(
     ranked = [kind["probability"] for kind in entry["types"].values()]
     np.testing.assert_allclose(widths, ranked, rtol=1e-6)
     labels = [label.get_text() for label in bars.get_yticklabels()]
-    assert labels == extras.detect.type_lines(entry["types"])
+    assert labels == list(entry["types"])
+    words = [text.get_text() for text in bars.texts]
+    assert words[1:] == [extras.detect.type_words(kind) for kind in entry["types"].values()]
+    assert max(widths) <= bars.get_xlim()[1] and bars.get_xlim()[1] >= 0.5
+    inside = figure.get_window_extent()
+    for text in [*bars.texts, *figure.texts, *axes.texts]:
+        assert text.get_window_extent().x1 < inside.x1
     assert len({bar.get_facecolor() for bar in bars.patches}) == 1
     assert not bars.lines and bars.get_legend() is None  # nothing that reads as a threshold
     (verdict,) = figure.texts
     assert verdict.get_text().splitlines() == extras.detect.verdict_lines(entry["any_infarct"])
-    assert "false alarms in" in verdict.get_text()
+    assert "false alarms: " in verdict.get_text()
 
 
 def test_no_verdict_looks_neither_positive_nor_negative(tmp_path, probes, record, capsys, pages):
@@ -741,17 +753,11 @@ def test_pages_of_short_and_long_recordings_and_places_that_cannot_be(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, ptbxl, tiny):
-    """{leads: folder of a finished probe}.
-
-    NEEDS THE NEW train_probe.py: the old one writes no `validation` into probe.pt, which skips
-    these tests.
-    """
+    """{leads: folder of a finished probe}."""
     out = tmp_path_factory.mktemp("trained")
     for leads in (1, 12):
         flags = {"epochs": 3, "workers": 0, "head": "adam", "out": str(out / str(leads))}
         train_probe.main(ProbeConfig(data=[str(ptbxl)], encoder=tiny[leads], **flags))
-    if "points" in torch.load(out / "1" / "probe.pt", weights_only=True):
-        pytest.skip("train_probe.py still writes the probe.pt of November 2026")
     return {leads: out / str(leads) for leads in (1, 12)}
 
 
