@@ -623,8 +623,8 @@ def mean_auc(logits: list, y: np.ndarray, patients: np.ndarray) -> tuple[np.ndar
     return np.mean(auc, 0), np.mean(draws, 0)
 
 
-def with_interval(value: float, draws: np.ndarray, positives: int) -> dict:
-    """A number with its interval, unless that would rest on a handful of positives."""
+def interval_entry(draws: np.ndarray, positives: int) -> dict:
+    """Interval of draws (R,) and number of positives; none where these are a handful."""
     low, high = selfmis.interval(draws)
     if positives < MINIMUM_POSITIVES:
         low, high = math.nan, math.nan
@@ -639,7 +639,7 @@ def summarize(auc: np.ndarray, draws: np.ndarray, y: np.ndarray) -> dict:
     summary = {"types": {}}
     for t in MI_TYPES:
         k = STATEMENTS.index(t)
-        entry = with_interval(auc[k], draws[:, k], int(y[:, k].sum()))
+        entry = interval_entry(draws[:, k], int(y[:, k].sum()))
         summary["types"][t] = dict(auc=float(auc[k])) | entry
     for group in GROUPS:
         present = [k for k in columns(group) if np.isfinite(auc[k])]
@@ -661,7 +661,7 @@ def any_infarct(logits: list, y: np.ndarray, patients: np.ndarray) -> dict[str, 
     for other, rows in (("others", infarct | True), ("NORM", infarct | (y[:, NORM] > 0))):
         scores = [np.logaddexp(0, one[rows][:, NINE]).sum(1, keepdims=True) for one in logits]
         auc, draws = mean_auc(scores, infarct[rows, None], patients[rows])
-        entry = with_interval(auc[0], draws[:, 0], int(infarct.sum()))
+        entry = interval_entry(draws[:, 0], int(infarct.sum()))
         negatives = int((~infarct[rows]).sum())
         found[other] = dict(auc=float(auc[0]), negatives=negatives) | entry
     return found
@@ -810,31 +810,22 @@ def check_comparable(folder: str, test: Records, config: ProbeConfig) -> None:
 
 
 def compare(out: Path, others: list[str]) -> None:
-    """This finished run minus others, head by head; into results.json and results.md.
-
-    A fine-tuned network is compared with each head of the other run.
-    """
+    """This finished run minus others, head by head; into results.json and results.md."""
     if not others:
         return
     test, logits = read_predictions(out)
     results = json.loads((out / "results.json").read_text())
     compared = results.setdefault("compared", {})
-    own = {name: mean_auc(each, test["labels"], test["patient"]) for name, each in logits.items()}
     for other in others:
         their_test, their_logits = read_predictions(other)
         if not all(np.array_equal(test[name], their_test[name]) for name in test):
             raise UsageError(f"--compare {other}: it was tested on other records")
-        differences = {}
-        for name, each in their_logits.items():
-            auc, draws = mean_auc(each, test["labels"], test["patient"])
-            is_baseline = name.endswith("random_encoder")
-            for mine in own:
-                if mine == name or (
-                    name not in own and mine not in their_logits and not is_baseline
-                ):
-                    difference = own[mine][0] - auc, own[mine][1] - draws
-                    differences[f"{mine} - {name}"] = summarize(*difference, test["labels"])
-        compared[other] = differences
+        compared[other] = {}
+        for mine, theirs in comparable_heads(logits, their_logits):
+            auc, draws = mean_auc(logits[mine], test["labels"], test["patient"])
+            their_auc, their_draws = mean_auc(their_logits[theirs], test["labels"], test["patient"])
+            difference = summarize(auc - their_auc, draws - their_draws, test["labels"])
+            compared[other][f"{mine} - {theirs}"] = difference
     text = (out / "results.md").read_text().split("\nthis run minus ")[0]
     for other, differences in compared.items():
         table = as_table(differences, results["types"], "{:+.3f}")
@@ -843,6 +834,15 @@ def compare(out: Path, others: list[str]) -> None:
     print(text[text.index("\nthis run minus ") :], flush=True)
     selfmis.write_atomically(out / "results.md", text.encode())
     selfmis.write_json(out / "results.json", results)
+
+
+def comparable_heads(own: dict, theirs: dict) -> list[tuple[str, str]]:
+    """Heads of the same name; of a fine-tuned network and a frozen one each with each."""
+    same = [(name, name) for name in own if name in theirs]
+    if same:
+        return same
+    encoders = [name for name in theirs if not name.endswith("random_encoder")]
+    return [(mine, name) for mine in own for name in encoders]
 
 
 def add_comparisons(config: ProbeConfig, out: Path, ranks: Ranks) -> dict:
