@@ -1326,7 +1326,8 @@ def join_ranks(device: str, seed: int) -> Ranks:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as on a CPU
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as on a CPU,
+        torch.set_float32_matmul_precision("highest")  # whatever a container has set
     elif device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine or this build of torch has no Metal device")
     elif device == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
