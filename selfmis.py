@@ -1508,7 +1508,7 @@ def read_last(config: Config, out: Path, ranks: Ranks) -> dict | None:
         now["batch_size"] *= ranks.world_size
         then["batch_size"] *= last["world_size"]
     for name, value in then.items():
-        if name not in FREE_ON_RESUME and now[name] != value:
+        if name not in FREE_ON_RESUME and now.get(name) != value:
             raise UsageError(f"--resume: {out} was started with {as_flag(name)} {value}")
     return last
 

@@ -127,9 +127,11 @@ def main(config: ProbeConfig) -> dict:
     if last is None:
         description = describe(config, records, split, extractor, warnings)
         selfmis.begin_run(out, config, description, ranks)
+    else:
+        started -= 60 * last["minutes"]  # of earlier starts
 
     if config.finetune:
-        content, heads = finetune(config, extractor, split, out, last)
+        content, heads = finetune(config, extractor, split, out, last, started)
     else:
         content, heads = probe_frozen(config, extractor, split)
     ranks.barrier()
@@ -467,13 +469,19 @@ class Finetuning:
     model: Classifier
     learner: Learner
     training_data: list[dict]
+    started: float  # as if all starts of this run had been one
     epoch: int = 0  # finished epochs
     best: float = -math.inf  # validation AUC
     best_epoch: int = 0
 
 
 def finetune(
-    config: ProbeConfig, extractor: FeatureExtractor, split: dict, out: Path, last: dict | None
+    config: ProbeConfig,
+    extractor: FeatureExtractor,
+    split: dict[str, np.ndarray],
+    out: Path,
+    last: dict | None,
+    started: float,
 ) -> tuple[dict, list[TrainedHead]]:
     """Supervised training of encoder and head: Table 8's recipe, Table 7's clipping.
 
@@ -486,7 +494,7 @@ def finetune(
     model = Classifier(encoder).to(ranks.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     learner = Learner(model, optimizer, config, ranks)
-    run = Finetuning(config, extractor, split, out, model, learner, seen)
+    run = Finetuning(config, extractor, split, out, model, learner, seen, started)
     if last is not None:
         learner.restore(last)
         run.epoch, run.best, run.best_epoch = last["epoch"], last["best"], last["best_epoch"]
@@ -558,6 +566,7 @@ def finish_epoch(run: Finetuning, entry: dict, auc: float) -> None:
         selfmis.save(run.out / "best.pt", content | dict(metrics=dict(val_macro_auc=auc)))
     content |= run.learner.state() | dict(world_size=run.extractor.ranks.world_size)
     content |= dict(epoch=run.epoch, best=run.best, best_epoch=run.best_epoch)
+    content |= dict(minutes=(time.time() - run.started) / 60)
     selfmis.save(run.out / "last.pt", content)
     text = f"train loss {entry['train_loss']:.4f} | validation AUC {auc:.4f}"
     rate = f"{entry['records_per_second']:,.0f} ECG/s"
@@ -850,7 +859,7 @@ def add_comparisons(config: ProbeConfig, out: Path, ranks: Ranks) -> dict:
     results = json.loads((out / "results.json").read_text())
     now = json.loads(json.dumps(vars(config)))
     for name, value in results["config"].items():
-        if name not in selfmis.FREE_ON_RESUME and now[name] != value:
+        if name not in selfmis.FREE_ON_RESUME and now.get(name) != value:
             raise UsageError(f"--resume: {out} was probed with {selfmis.as_flag(name)} {value}")
     ranks.print(f"{out}: finished already, see {out / 'results.md'}")
     if ranks.is_main:
