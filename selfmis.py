@@ -16,7 +16,7 @@ myocardial infarction from lead I.
 Order of this file: constants, encoder, its files, signals, records, pairs, loss, metrics; then,
 below the banner "Runs", what both scripts need.  All above that banner can be copied alone: it
 needs torch and numpy, and wfdb (which brings scipy and pandas) only inside the functions that read
-files, resample or filter.
+files, resample or filter (and extras/synthetic.py only for records of synthetic:N).
 
 Letters in shapes: B records of a batch, N records in all, L leads, T samples, C channels,
 D embedding, K classes, R resamples, W processes.
@@ -25,6 +25,7 @@ D embedding, K classes, R resamples, W processes.
 import argparse
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import io
@@ -123,15 +124,15 @@ class SameConv1d(nn.Module):
         if zeros % 2:
             x = F.pad(x, (left, left + 1))
             left = 0
-        # Through two dimensions, so that the gradient comes back in the weight's own layout, which
-        # DistributedDataParallel wants; a plain unsqueeze(2) would change it.
+        # The gradient of unsqueeze(2) would have other strides than the weight, and
+        # DistributedDataParallel would copy it in each step; this way it has the same.
         weight = self.conv.weight.flatten(1).unflatten(1, (-1, 1, kernel))  # (C', C / groups, 1, k)
         padding = (0, left)
         return F.conv2d(x, weight, self.conv.bias, (1, stride), padding, groups=self.conv.groups)
 
 
 class Block(nn.Module):
-    """Pre-activation bottleneck: 1x1, grouped k x 1, 1x1, squeeze-excitation, plain shortcut."""
+    """Pre-activation 1x1, grouped k x 1, 1x1, squeeze-excitation; a shortcut without weights."""
 
     def __init__(
         self, c_in: int, c_out: int, kernel_size: int, stride: int, group_width: int, is_first: bool
@@ -290,7 +291,8 @@ def plain_state(content: dict, path: str | os.PathLike) -> dict:
     if not isinstance(state, dict):
         raise UsageError(f"{path}: its state_dict is a {type(state).__name__}, not weights by name")
     state = {str(key): value for key, value in state.items()}
-    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and of torch.compile
+    # Of torch.compile and DistributedDataParallel, in either order.
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
@@ -326,12 +328,12 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
         if stem is None:
             raise UsageError(f"{path}: no encoder of selfmis in it, and no ECGFounder file either")
         return load_ecgfounder(path, leads=stem.shape[1])
+    if "training_data" not in content:
+        raise UsageError(f"{path}: written by another version of selfmis; train it again")
     encoder = ResNet1D(**content["architecture"])
     load_strictly(encoder, content["encoder"], path)
-    encoder.lead = content["lead"]
-    encoder.sample_rate_hz = content["sample_rate_hz"]
-    encoder.preprocessing = content["preprocessing"]
-    encoder.training_data = content["training_data"]
+    for name in ("lead", "sample_rate_hz", "preprocessing", "training_data"):
+        setattr(encoder, name, content[name])
     return encoder.eval()
 
 
@@ -342,7 +344,9 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
 # Of every voltage a record may be stored in, how many millivolts it is.  Micro sign and Greek mu
 # both occur in texts; in a WFDB header they would be read as volts.
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
-MICROVOLTS = re.compile(b"(\xc2\xb5|\xce\xbc|\xb5)V", re.IGNORECASE)  # UTF-8 and Latin-1
+# In UTF-8 or Latin-1, in a line that is no comment.
+MICROVOLTS = re.compile(b"(?im)^[^#\n]*/(\xc2\xb5|\xce\xbc|\xb5)V")
+SECONDS = 10.0  # what an encoder sees of a record
 MINIMUM_SECONDS = 2.5  # a shorter record has too few beats to read and is refused
 
 
@@ -385,16 +389,17 @@ def read_wfdb(record: str | os.PathLike, leads: str | Sequence[str]) -> tuple[np
     stem = str(record)
     for ending in (".hea", ".dat", ".mat"):
         stem = stem.removesuffix(ending)
-    if not os.path.isfile(stem + ".hea"):
-        raise RecordError(f"{stem}.hea: there is no such header file")
-    if MICROVOLTS.search(Path(stem + ".hea").read_bytes()):
+    try:
+        header = Path(stem + ".hea").read_bytes()
+    except OSError as error:
+        raise RecordError(f"{stem}.hea: no header that can be read ({error.strerror})") from error
+    if MICROVOLTS.search(header):
         raise RecordError(f"{stem}.hea: a unit with a micro sign, which wfdb drops; write uV")
     wfdb = import_optional("wfdb", "reading records")
     try:
         content = wfdb.rdrecord(stem)
     except Exception as error:  # wfdb raises many kinds for broken files
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise RecordError(f"{stem}: cannot be read ({type(error).__name__}: {reason})") from error
+        raise RecordError(f"{stem}: header or signal file is missing, damaged or cut") from error
     if content.p_signal is None or not len(content.p_signal):
         raise RecordError(f"{stem}: holds no samples")
     if not 1 <= content.fs <= 100_000:
@@ -439,21 +444,16 @@ def resample(ecg: np.ndarray, rate_hz: float, to_hz: float) -> np.ndarray:
 
 
 def preprocess(
-    ecg: np.ndarray,
-    *,
-    sample_rate_hz: float = 500,
-    normalize: str = "zscore",
-    filter: str = "none",
-    seconds: float = 10.0,
+    ecg: np.ndarray, *, sample_rate_hz: float = 500, normalize: str = "zscore", filter: str = "none"
 ) -> np.ndarray:
-    """What an encoder sees: (L, T) in mV -> (L, seconds * sample_rate_hz) float32.
+    """What an encoder sees: (L, T) in mV -> (L, 10 s * sample_rate_hz) float32.
 
-    1. NaN and infinite samples become 0.  2. Longer records are cut to their first `seconds`.
+    1. NaN and infinite samples become 0.  2. Longer records are cut to their first 10 s.
     3. filter="ecgfounder": `ecgfounder_filter`; "none": nothing.
     4. normalize="zscore": minus the mean, over the standard deviation of *this view*, all its leads
     together, so that lead I alone is scored as at test time; "none": mV.
     5. Shorter records get zeros at the end.
-    RecordError below 2.5 s.  The settings stand in every checkpoint.
+    RecordError below 2.5 s.  The keyword arguments stand in every checkpoint.
     """
     ecg = np.asarray(ecg)
     if ecg.ndim != 2:
@@ -461,16 +461,16 @@ def preprocess(
     if ecg.shape[1] < MINIMUM_SECONDS * sample_rate_hz:
         found = ecg.shape[1] / sample_rate_hz
         raise RecordError(f"{found:.2f} s of ECG is too short: {MINIMUM_SECONDS} s are needed")
-    T = round(seconds * sample_rate_hz)
+    T = round(SECONDS * sample_rate_hz)
     ecg = nan_to_zero(ecg[:, :T].astype(np.float64))
+    is_flat = np.ptp(ecg) == 0
     if filter == "ecgfounder":
         ecg = ecgfounder_filter(ecg, sample_rate_hz)
     elif filter != "none":
         raise UsageError(f"filter {filter!r}: expected 'none' or 'ecgfounder'")
     if normalize == "zscore":
-        deviation = ecg.std()
-        if deviation == 0:
-            deviation = 1.0  # a flat record stays flat
+        # A flat record stays flat: its deviation is rounding.
+        deviation = 1.0 if is_flat else ecg.std()
         ecg = (ecg - ecg.mean()) / deviation
     elif normalize != "none":
         raise UsageError(f"normalize {normalize!r}: expected 'zscore' or 'none'")
@@ -505,6 +505,7 @@ class Collection(NamedTuple):
     paths: np.ndarray  # (N,) bytes below the root, without .hea; of synthetic records their numbers
 
 
+TRAINING_FOLD = 11  # of records that neither validate nor test
 RECORD_COLUMNS = ("collection", "row", "patients", "folds", "labels")
 
 
@@ -519,7 +520,7 @@ class Records:
     collection: np.ndarray  # (N,) int16, index into collections
     row: np.ndarray  # (N,) int64, the record's row in its collection's whole list
     patients: np.ndarray  # (N,) int64; unknown patients are negative and all different
-    folds: np.ndarray  # (N,) int8, 1 to 10; 0 where there are none, 11 for records that only train
+    folds: np.ndarray  # (N,) int8, 1 to 10; 0 where there are none; TRAINING_FOLD
     labels: np.ndarray  # (N, 44) uint8 in the order of STATEMENTS; all 0 where there are none
 
     def __len__(self) -> int:
@@ -779,9 +780,10 @@ class SelfCuttingDataset(Dataset):
         if self.is_array:
             self.rows = self.array_rows(lead_names(leads or ()))
         elif not isinstance(records, Records):
-            for path in records:
-                if not isinstance(path, (str, os.PathLike)):
-                    raise UsageError(f"a list of {type(path).__name__}: give paths, or one array")
+            for path in [records, *records]:
+                if isinstance(path, (str, os.PathLike)) == (path is records):
+                    kind = type(path).__name__
+                    raise UsageError(f"records of type {kind}: give a list of paths, or one array")
 
     def array_rows(self, names: tuple[str, ...]) -> list[int]:
         """Where the leads to read stand in an array whose rows are called `names`."""
@@ -886,9 +888,9 @@ def siglip_loss(
     `bias` is added to the logits, so it is -b of Eq. (3).
     """
     logits = pair_logits(single, multi, scale, normalize, offset) + bias  # (B, N)
-    z = torch.full_like(logits, -1)  # z_ij = -1 for strangers,
-    z.diagonal(offset)[: len(single)] = 1  # and +1 for the record's own M
-    return -F.logsigmoid(z * logits).sum() / len(single)  # Eq. (3)
+    sign = torch.full_like(logits, -1)  # z_ij of Eq. (3): -1 for strangers,
+    sign.diagonal(offset).fill_(1)  # and +1 for the record's own M
+    return -F.logsigmoid(sign * logits).sum() / len(single)  # Eq. (3)
 
 
 def softmax_loss(
@@ -949,7 +951,9 @@ class SelfMIS(nn.Module):
 def as_array(values) -> np.ndarray:
     """A tensor or a sequence as a NumPy array, which has no bfloat16."""
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().to(torch.promote_types(values.dtype, torch.float32))
+        values = values.detach().cpu()
+        if values.is_floating_point():
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
     return np.asarray(values)
 
 
@@ -1043,14 +1047,15 @@ def bootstrap_auc(y, score, groups=None, draws: int = 1000, seed: int = 0) -> np
 def draw_groups(y: np.ndarray, groups: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """How often each record is drawn, (R, N) float32, when whole groups are drawn with replacement.
 
-    A draw that leaves a class of y (N, K) without a positive or a negative is drawn again.
+    A draw that leaves a class of y (N, K) without a positive or a negative is drawn again, as long
+    as there is hope: with many classes of one positive the last draws stay incomplete.
     """
     rng = np.random.default_rng(seed)
     _, group_of = np.unique(groups, return_inverse=True)  # (N,)
     G = group_of.max() + 1
     weights = np.empty((draws, len(y)), np.float32)
     done = 0
-    for _ in range(100 * draws):
+    for _ in range(draws):
         drawn = rng.multinomial(G, np.full(G, 1 / G), size=64)  # (64, G)
         drawn = drawn[:, group_of].astype(np.float32)  # (64, N)
         positives = drawn @ y  # (64, K)
@@ -1060,11 +1065,13 @@ def draw_groups(y: np.ndarray, groups: np.ndarray, draws: int, seed: int) -> np.
         done += len(kept)
         if done == draws:
             return weights
-    raise UsageError(f"no resample of {G} groups has every class; leave out the rarest class")
+    drawn = rng.multinomial(G, np.full(G, 1 / G), size=draws - done)
+    weights[done:] = drawn[:, group_of]
+    return weights
 
 
 def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval (low, high) of bootstrap draws (R,) of one number; NaN if one is NaN."""
+    """Percentile interval (low, high) of bootstrap draws (R,) of one number; NaN if a draw is."""
     values = np.asarray(values)
     if values.ndim != 1:
         raise UsageError(f"draws of shape {values.shape}: expected (R,), those of one number")
@@ -1137,6 +1144,7 @@ def flag(default, help: str, **options):
 
 
 POSITIVE = "limit sample_rate epochs batch_size lr val_records seeds patience".split()
+NOT_NEGATIVE = "seed workers warmup weight_decay".split()
 
 
 @dataclasses.dataclass
@@ -1185,7 +1193,7 @@ class Config:
         for name, value in vars(self).items():
             if name in POSITIVE and value is not None and not value > 0:
                 raise UsageError(f"{as_flag(name)} {value}: expected a number above 0")
-            if name in ("seed", "warmup", "workers") and value is not None and value < 0:
+            if name in NOT_NEGATIVE and value is not None and value < 0:
                 raise UsageError(f"{as_flag(name)} {value}: expected 0 or more")
         if self.lead not in (None, "all"):
             self.lead = LEADS[lead_index(self.lead)]
@@ -1232,9 +1240,9 @@ def parse_flags(config_class, description: str, argv: Sequence[str] | None = Non
         else:
             kind, *_ = typing.get_args(field.type) or (field.type,)  # int of "int | None"
             options["type"] = kind
-        if default:
+        if default not in (None, False, []):
             options["help"] += " (default: %(default)s)"
-        group = shared if hasattr(Config, field.name) or field.name == "data" else own
+        group = shared if field.name in Config.__dataclass_fields__ else own
         group.add_argument(as_flag(field.name), default=default, **options)
     try:
         config = config_class(**vars(parser.parse_args(argv)))
@@ -1257,10 +1265,12 @@ def run_script(main, config_class, description: str) -> None:
     except UsageError as error:
         if config.debug:
             raise
+        sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # at once: the end of a process group may wait for the others
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        print("interrupted; --resume goes on from the last save", file=sys.stderr, flush=True)
         os._exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1275,6 +1285,7 @@ class Ranks(NamedTuple):
     world_size: int
     local_world_size: int  # processes on this machine
     device: torch.device
+    long_wait_group: object = None  # of all processes, for waits that may take hours
 
     @property
     def is_main(self) -> bool:
@@ -1285,8 +1296,14 @@ class Ranks(NamedTuple):
             print(text, flush=True)
 
     def barrier(self) -> None:
+        """Wait for all; half an hour at most, as in every other exchange."""
         if self.world_size > 1:
             dist.barrier()
+
+    def long_barrier(self) -> None:
+        """Wait for all, for hours if need be: one may have to read a slower disk."""
+        if self.world_size > 1:
+            dist.barrier(group=self.long_wait_group)
 
     def gather_objects(self, mine) -> list:
         """Everybody's `mine`, in the order of ranks, on every process."""
@@ -1317,6 +1334,8 @@ def join_ranks(device: str, seed: int) -> Ranks:
     gpus = torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if gpus >= local_world_size else "cpu"
+        if 0 < gpus < local_world_size and rank == 0:
+            print(f"{local_world_size} processes but {gpus} GPU(s), so all compute on the CPU")
     if device == "cuda":
         if gpus < local_world_size:
             raise UsageError(
@@ -1333,11 +1352,13 @@ def join_ranks(device: str, seed: int) -> Ranks:
     elif device == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         # torchrun's own 1 would leave cores idle.
         torch.set_num_threads(max(1, available_cores() // local_world_size))
+    long_wait_group = None
     if world_size > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        long_wait_group = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     torch.manual_seed(seed)
-    return Ranks(rank, world_size, local_world_size, torch.device(device))
+    return Ranks(rank, world_size, local_world_size, torch.device(device), long_wait_group)
 
 
 def available_cores() -> int:
@@ -1356,7 +1377,10 @@ class InputSpec(NamedTuple):
 
 
 def agree(name: str, asked, known: dict[str, object], default):
-    """A setting that checkpoints {path: value} may fix: the flag's, else theirs, else a default."""
+    """The one value that flag and checkpoints {path: value} state, else the default.
+
+    UsageError if they state several.
+    """
     stated = {source: value for source, value in known.items() if value is not None}
     if asked is not None:
         stated[as_flag(name)] = asked
@@ -1399,7 +1423,7 @@ def gather_records(config: Config, rate_hz: float, stream: int) -> Records:
     """All collections of --data, each cut to --limit.
 
     stream: the seed of synthetic records, which keeps those of the two scripts apart.  Beside real
-    records synthetic ones only train: they get fold 11, which neither validates nor tests.
+    records synthetic ones only train: they get a fold of their own.
     """
     found = [find_records(data, sample_rate_hz=rate_hz, seed=stream) for data in config.data]
     is_synthetic = [records.collections[0].kind == "synthetic" for records in found]
@@ -1407,7 +1431,8 @@ def gather_records(config: Config, rate_hz: float, stream: int) -> Records:
     for i, records in enumerate(found):
         records = records[: config.limit]
         if is_synthetic[i] and not all(is_synthetic):
-            records = dataclasses.replace(records, folds=np.full_like(records.folds, 11))
+            folds = np.full_like(records.folds, TRAINING_FOLD)
+            records = dataclasses.replace(records, folds=folds)
         everything = records if everything is None else everything + records
     return everything
 
@@ -1432,9 +1457,10 @@ RUN_FILES = (
     "config.json log.jsonl last.pt best.pt probe.pt results.json results.md roc.png predictions.npz"
 ).split()
 # Settings that may change when a run goes on: they change what is printed or how fast it is, not
-# what is computed.  --amp is compared by what it comes to.
+# what is computed.  --amp is compared by what it comes to, --batch-size by the global batch.
 FREE_ON_RESUME = (
-    "amp compile compare out workers cache resume overwrite debug device strict save_seconds"
+    "amp batch_size compile compare out workers cache resume overwrite debug device strict "
+    "save_seconds"
 ).split()
 
 
@@ -1503,14 +1529,22 @@ def read_last(config: Config, out: Path, ranks: Ranks) -> dict | None:
         ranks.print(f"--resume: there is no {out / 'last.pt'}, so the run starts")
         return None
     last = read_checkpoint(out / "last.pt")
-    now, then = dataclasses.asdict(config), dict(last["config"])
-    if not now.get("local_negatives"):  # then only the global batch counts
-        now["batch_size"] *= ranks.world_size
-        then["batch_size"] *= last["world_size"]
-    for name, value in then.items():
-        if name not in FREE_ON_RESUME and now.get(name) != value:
-            raise UsageError(f"--resume: {out} was started with {as_flag(name)} {value}")
+    check_settings(config, last["config"], out)
+    # Other processes may share a global batch, unless the loss compares those of one process.
+    batch, world_size = last["config"]["batch_size"], last["world_size"]
+    same = config.batch_size * ranks.world_size == batch * world_size
+    if not same or (getattr(config, "local_negatives", False) and batch != config.batch_size):
+        raise UsageError(f"--resume: {out} was started with {world_size} processes x {batch}")
     return last
+
+
+def check_settings(config: Config, before: dict, out: Path) -> None:
+    """UsageError if a run was started with other settings than those that may change."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    for name, value in before.items():
+        if name not in FREE_ON_RESUME and now.get(name) != value:
+            was = as_flags({name: value})
+            raise UsageError(f"--resume: {out} was started with {was}, not {now.get(name)}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -1523,9 +1557,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        if temporary.is_file():
+            temporary.unlink()
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, content: dict) -> None:
@@ -1551,9 +1585,12 @@ def nan_to_none(content):
 
 
 def append_log(out: Path, entry: dict) -> None:
-    """One line of log.jsonl.  After a resume a line replaces an older one of its epoch and step."""
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(nan_to_none(entry)) + "\n")
+    """One more line of log.jsonl; of equal epoch and step, as after a resume, the last counts."""
+    try:
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(nan_to_none(entry)) + "\n")
+    except OSError as error:
+        raise UsageError(f"{out / 'log.jsonl'}: cannot be written ({error.strerror})") from error
 
 
 def encoder_content(encoder: ResNet1D, spec: InputSpec, seen: list[dict]) -> dict:
@@ -1563,6 +1600,7 @@ def encoder_content(encoder: ResNet1D, spec: InputSpec, seen: list[dict]) -> dic
     return content | spec._asdict()
 
 
+@functools.cache  # the revision that runs, not the one on disk when it saves
 def environment() -> dict:
     """Versions, git revision and hardware, beside the settings in config.json and checkpoints."""
     here = Path(__file__).resolve().parent
@@ -1619,15 +1657,19 @@ class Learner:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict:
+    def state(self, train_rows: np.ndarray) -> dict:
         """The part of last.pt that `restore` reads."""
         parts = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
-        return {name: part.state_dict() for name, part in parts.items()} | dict(amp=self.amp)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        digest = hashlib.sha256(train_rows.tobytes()).hexdigest()
+        return state | dict(amp=self.amp, train_rows=digest)
 
-    def restore(self, last: dict) -> None:
+    def restore(self, last: dict, train_rows: np.ndarray) -> None:
         """Go back to where last.pt was written."""
         if last["amp"] != self.amp:
             raise UsageError(f"--resume: the run was started with --amp {last['amp']}; give that")
+        if last["train_rows"] != hashlib.sha256(train_rows.tobytes()).hexdigest():
+            raise UsageError("--resume: other training records can be read now than at the start")
         self.model.load_state_dict(last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
         self.scaler.load_state_dict(last["scaler"])
@@ -1657,6 +1699,7 @@ def cosine_lr(peak: float, step: int, steps: int, warmup: int = 0) -> float:
 # ---- the pass: every record is read once ---------------------------------------------------------
 
 CACHE_VERSION = 6  # raise it when read_ecg, preprocess or synthesize return something else
+READ_BATCH = 128  # records that are read, embedded and written together
 
 
 class CachedArray:
@@ -1676,12 +1719,23 @@ class CachedArray:
         self.shape = shape  # (N, ...)
         self.row_bytes = 2 * math.prod(shape[1:])
 
+    def lists(self) -> list[Path]:
+        return list(self.path.parent.glob(f"{self.path.stem}.*.rows"))
+
+    def create(self) -> None:
+        """An empty array in its final size (holes cost nothing), unless it is there already."""
+        size = self.shape[0] * self.row_bytes
+        if not self.path.exists() or self.path.stat().st_size != size:
+            for list_path in self.lists():  # they speak of an array that has gone
+                list_path.unlink()
+            with open(self.path, "wb") as file:
+                file.truncate(size)
+
     def is_done(self) -> np.ndarray:
         """(N,) bool: the rows that are there."""
         done = np.zeros(self.shape[0], bool)
-        if self.path.exists():
-            for list_path in self.path.parent.glob(f"{self.path.stem}.*.rows"):
-                done[np.fromfile(list_path, np.int64)] = True
+        for list_path in self.lists():
+            done[np.fromfile(list_path, np.int64)] = True
         return done
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -1691,9 +1745,7 @@ class CachedArray:
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
         """By ordinary writes: on a full disk that is an error, where a memory map would crash."""
         try:
-            self.path.touch()
             with open(self.path, "r+b") as file:
-                file.truncate(self.shape[0] * self.row_bytes)  # its final size; holes cost nothing
                 for row, value in zip(rows, values.astype(np.float16), strict=True):
                     file.seek(row * self.row_bytes)
                     file.write(value.tobytes())
@@ -1741,45 +1793,46 @@ class Pairs:
     usable: np.ndarray  # (N,) rows of the records that can be read
     unusable: list[str] = dataclasses.field(default_factory=list)  # why the others cannot
 
-    def batches(self, batches: Sequence[np.ndarray], with_targets: bool = True):
+    def batches(self, rows_of_batches: Sequence[np.ndarray], with_targets: bool = True):
         """For each array of rows: signals (B, L, T) and embeddings (B, D) or None, float32."""
         with_targets = with_targets and self.teacher is not None
         if not self.signals:
-            yield from self.read_batches(batches, with_targets)
+            yield from self.read_batches(rows_of_batches, with_targets)
             return
-        for rows in batches:
+        for rows in rows_of_batches:
             signals = self.on_device(self.read_cache(self.signals, rows))
             targets = None
             if with_targets:
                 targets = self.on_device(self.read_cache(self.targets, rows))
             yield signals, targets
 
-    def read_batches(self, batches: Sequence[np.ndarray], with_targets: bool):
+    def read_batches(self, rows_of_batches: Sequence[np.ndarray], with_targets: bool):
         """`batches` without a cache: the records are read again, and embedded again."""
-        for items in self.load([rows.tolist() for rows in batches]):
+        for items in self.load(rows_of_batches):
             reasons = [item[3] for item in items if item[3] is not None]
             if reasons:
                 raise RecordError(f"{reasons[0]}; it could be read when the run started")
             signals = self.on_device(np.stack([item[1] for item in items]))
-            targets = self.on_device(self.embed(items)) if with_targets else None
+            targets = self.on_device(self.teach(items)) if with_targets else None
             yield signals, targets
 
-    def load(self, batches: list[list[int]]) -> DataLoader:
+    def load(self, rows_of_batches: Sequence[np.ndarray]) -> DataLoader:
         """Items of SkipUnreadable, a list of them a batch."""
-        workers = self.workers if len(batches) > 4 else 0
         dataset = SkipUnreadable(self.dataset)
-        return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=list)
+        sampler = [rows.tolist() for rows in rows_of_batches]
+        workers = self.workers if len(sampler) > 4 else 0  # to start them takes a second
+        return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list)
 
-    def embed(self, items: list[tuple]) -> np.ndarray:
+    def teach(self, items: list[tuple]) -> np.ndarray:
         """(B, D) float16 of the frozen teacher, Eq. (2)."""
         multi_ecg = torch.from_numpy(np.stack([item[2] for item in items]))  # (B, 12, T)
         return embed(self.teacher, multi_ecg, self.device).half().numpy()
 
     def on_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True).float()
+        return torch.from_numpy(values).to(self.device).float()
 
-    def in_cache(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Where these rows lie: (collection, which of them, their rows in its arrays)."""
+    def places(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Where rows lie: (collection, which of them lie there, their rows in its arrays)."""
         records = self.dataset.records
         collection = records.collection[rows]
         for c in np.unique(collection):
@@ -1788,20 +1841,21 @@ class Pairs:
 
     def read_cache(self, arrays: list[CachedArray], rows: np.ndarray) -> np.ndarray:
         values = np.empty((len(rows), *arrays[0].shape[1:]), np.float16)
-        for c, here, cache_rows in self.in_cache(rows):
+        for c, here, cache_rows in self.places(rows):
             values[here] = arrays[c].read(cache_rows)
         return values
 
     def write_cache(self, arrays: list[CachedArray], rows: np.ndarray, values: np.ndarray) -> None:
-        for c, here, cache_rows in self.in_cache(rows):
+        for c, here, cache_rows in self.places(rows):
             arrays[c].write(cache_rows, values[here])
 
     def not_in_cache(self, rows: np.ndarray) -> np.ndarray:
         """Those of these rows of which the signal or the embedding is missing."""
         done = np.full(len(rows), bool(self.signals))
-        for c, here, cache_rows in self.in_cache(rows):
-            for arrays in filter(None, (self.signals, self.targets)):
-                done[here] &= arrays[c].is_done()[cache_rows]
+        for c, here, cache_rows in self.places(rows):
+            for arrays in (self.signals, self.targets):
+                if arrays:
+                    done[here] &= arrays[c].is_done()[cache_rows]
         return rows[~done]
 
 
@@ -1823,18 +1877,16 @@ def read_pairs(
     pairs = open_pairs(config, records, rows, spec, ranks, teacher)
     if pairs.signals:
         make_shared_folder(pairs.signals[0].path.parent, "--cache", ranks)
-    todo = pairs.not_in_cache(rows)
+    if ranks.is_main:
+        for array in pairs.signals + pairs.targets:
+            array.create()
+    ranks.barrier()
+    # The first process decides: another run may be writing into this cache meanwhile.
+    todo = ranks.gather_objects(pairs.not_in_cache(rows))[0]
     if len(todo):
-        ranks.print(
-            f"reading {len(todo):,} records, into {config.cache or 'the folder cache beside OUT'}"
-        )
-    patient = None
-    if ranks.world_size > 1:  # the pass may take hours, any other wait half an hour
-        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
-    ranks.barrier()  # everybody has looked before anybody writes
+        ranks.print(f"reading {len(todo):,} records")
     problems = read_rows(pairs, np.array_split(todo, ranks.world_size)[ranks.rank], config, ranks)
-    if patient is not None:
-        dist.barrier(group=patient)
+    ranks.long_barrier()
     for theirs in ranks.gather_objects(problems):
         problems = problems | theirs
     pairs.usable = rows[~np.isin(rows, list(problems))]
@@ -1851,9 +1903,9 @@ def read_pairs(
 def open_pairs(config, records, rows, spec, ranks, teacher) -> Pairs:
     """The pairs and where their cache lies; nothing is read.
 
-    An array is named by all that could change it but a file that is replaced under its old name:
-    the signals without the teacher, the embeddings without the lead, so that ablations share what
-    they can, and both without the rows, so that all folds and limits do.
+    The key has everything that changes an array (a file that is replaced under its old name goes
+    unnoticed): the signals' without the teacher, the embeddings' without the lead, so that
+    ablations share what they can, and both without the rows, so that all folds and limits do.
     """
     is_multi = teacher is not None
     rate_hz = spec.sample_rate_hz
@@ -1867,14 +1919,16 @@ def open_pairs(config, records, rows, spec, ranks, teacher) -> Pairs:
     if config.cache == "none":
         return pairs
     folder = Path(config.cache or Path(config.out).absolute().parent / "cache")
-    L, T = (12 if spec.lead == "all" else 1), round(10 * rate_hz)
+    L = len(LEADS) if spec.lead == "all" else 1
+    T = round(SECONDS * rate_hz)
+    teacher_digest = weights_digest(teacher) if is_multi else None
     for kind, root, paths in records.collections:
         N = len(paths)
         key = [CACHE_VERSION, kind, root, hashlib.sha256(paths.tobytes()).hexdigest()]
         key += [rate_hz, spec.preprocessing]
         pairs.signals.append(CachedArray(folder, "signals", [*key, spec.lead], (N, L, T)))
         if is_multi:
-            key.append(weights_digest(teacher))
+            key.append(teacher_digest)
             shape = (N, teacher.embedding_dim)
             pairs.targets.append(CachedArray(folder, "targets", key, shape))
     return pairs
@@ -1892,7 +1946,8 @@ def read_rows(pairs: Pairs, rows: np.ndarray, config: Config, ranks: Ranks) -> d
     problems = {}
     read = 0
     started = last_line = time.time()
-    for items in pairs.load([rows[i : i + 64].tolist() for i in range(0, len(rows), 64)]):
+    batches = [rows[i : i + READ_BATCH] for i in range(0, len(rows), READ_BATCH)]
+    for items in pairs.load(batches):
         problems |= {item[0]: item[3] for item in items if item[3] is not None}
         if problems and config.strict:
             raise RecordError(f"--strict: {next(iter(problems.values()))}")
@@ -1900,9 +1955,9 @@ def read_rows(pairs: Pairs, rows: np.ndarray, config: Config, ranks: Ranks) -> d
         if items and pairs.signals:
             good = np.array([item[0] for item in items])
             pairs.write_cache(pairs.signals, good, np.stack([item[1] for item in items]))
-        if items and pairs.targets:
-            pairs.write_cache(pairs.targets, good, pairs.embed(items))
-        read = min(read + 64, len(rows))
+            if pairs.targets:
+                pairs.write_cache(pairs.targets, good, pairs.teach(items))
+        read = min(read + READ_BATCH, len(rows))
         if time.time() - last_line > 10:
             last_line = time.time()
             rate = read / (last_line - started)

@@ -44,7 +44,7 @@ class PretrainConfig(Config):
     )
     loss: str = flag(
         "paper",
-        "Eq. (3) with fixed or learnable t and b, on the raw product, or InfoNCE",
+        "Eq. (3): paper (fixed t, b), learnable (t, b), raw (plain product); softmax: InfoNCE",
         choices=selfmis.LOSSES,
     )
     local_negatives: bool = flag(False, "compare the records of one process only")
@@ -83,12 +83,12 @@ class Training:
     learner: Learner
     training_data: list[dict]
     val_targets: torch.Tensor  # (N, D) teacher embeddings of the validation records
+    records_per_second: float = math.nan  # of the last steps, by all processes together
     # Progress, which last.pt keeps:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the running epoch
     losses: list[float] = dataclasses.field(default_factory=list)  # of the running epoch
     best: float = math.inf  # lowest validation loss
-    records_per_second: float = math.nan  # of the last epoch's steps, by all processes together
     last_entry: dict = dataclasses.field(default_factory=dict)  # of log.jsonl, of a whole epoch
 
 
@@ -113,6 +113,8 @@ def main(config: PretrainConfig) -> dict:
     run = prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single)
     if last is None:
         selfmis.begin_run(out, config, describe(run), ranks)
+        if ranks.is_main:
+            save_last(run)
     else:
         resume(run, last)
     while run.epoch < config.epochs:
@@ -144,9 +146,8 @@ def open_encoders(config: PretrainConfig) -> tuple[ResNet1D, ResNet1D, InputSpec
         raise UsageError("--lead all: pre-training aligns one lead; name it")
     # A random encoder is built like the other one, or in the size that is asked for.
     shape = selfmis.SIZES[config.size or "ecgfounder"]
-    for encoder in opened.values():
-        shape = encoder.architecture
-        break
+    if opened:
+        shape = next(iter(opened.values())).architecture
     if single is None:
         single = ResNet1D(**{**shape, "leads": 1})
     if teacher is None:
@@ -180,22 +181,29 @@ def split(records: Records, config: PretrainConfig, ranks: Ranks) -> tuple[np.nd
             train.append(rows[:-n])
             val.append(rows[-n:])
     train, val = np.concatenate(train), np.concatenate(val)
+    check_counts(train, val, config, ranks)
+    return train, val
+
+
+def check_counts(train: np.ndarray, val: np.ndarray, config: PretrainConfig, ranks: Ranks) -> None:
+    """UsageError if these rows do not make an epoch."""
     if len(train) == 0 or len(val) == 0:
         counts = f"{len(train):,} records to train and {len(val):,} to validate on"
         raise UsageError(f"{counts}: give more --data or a larger --limit")
     selfmis.epoch_batches(train, config, 0, ranks)  # refuses a batch that they cannot fill
-    return train, val
 
 
 def prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single) -> Training:
-    """Model, optimizer and all else of a run that starts."""
+    """Model, optimizer and all else that training needs; `resume` puts a resumed run on top."""
     train_rows = train_rows[np.isin(train_rows, pairs.usable)]
     val_rows = val_rows[np.isin(val_rows, pairs.usable)]
+    check_counts(train_rows, val_rows, config, ranks)
     # MIMIC's list is sorted by patient: batches of strangers, the same in every run.
     val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))]
     model = SelfMIS(single, config.loss).to(ranks.device)
     records = pairs.dataset.records
     seen = selfmis.training_data(records[train_rows], records[val_rows], labels=False)
+    val_targets = gather_targets(pairs, val_rows, ranks)
     return Training(
         config=config,
         ranks=ranks,
@@ -207,7 +215,7 @@ def prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single) -> Tr
         model=model,
         learner=Learner(model, make_optimizer(model, config), config, ranks),
         training_data=pairs.teacher.training_data + single.training_data + seen,
-        val_targets=gather_targets(pairs, val_rows, ranks),
+        val_targets=val_targets,
     )
 
 
@@ -221,7 +229,7 @@ def make_optimizer(model: SelfMIS, config: PretrainConfig) -> torch.optim.Optimi
 
 
 def describe(run: Training) -> dict:
-    """Say what is going to happen; the same for config.json."""
+    """Say what is going to happen, and return it for config.json."""
     config, spec = run.config, run.spec
     global_batch = config.batch_size * run.ranks.world_size
     steps = len(run.train_rows) // global_batch
@@ -255,12 +263,7 @@ def describe(run: Training) -> dict:
 
 def resume(run: Training, last: dict) -> None:
     """Put a run that `prepare` has made anew back where last.pt left it."""
-    if last["training_records"] != len(run.train_rows):
-        raise UsageError(
-            f"--resume: {len(run.train_rows):,} training records can be read, but "
-            f"{last['training_records']:,} when {run.out} was started"
-        )
-    run.learner.restore(last)
+    run.learner.restore(last, run.train_rows)
     for name in PROGRESS:
         setattr(run, name, last[name])
     run.ranks.print(f"{run.out}: going on at epoch {run.epoch + 1}, step {run.step + 1}")
@@ -276,8 +279,8 @@ def train_one_epoch(run: Training) -> None:
     started = last_line = last_save = time.time()
     first_step = run.step
     for rows, (signals, targets) in zip(batches, run.pairs.batches(batches), strict=True):
+        done = run.epoch * steps + run.step
         for group in run.learner.optimizer.param_groups:
-            done = run.epoch * steps + run.step
             group["lr"] = selfmis.cosine_lr(
                 group["peak"], done, config.epochs * steps, config.warmup
             )
@@ -321,7 +324,7 @@ def read_losses(run: Training, unread: list[tuple[np.ndarray, torch.Tensor]]) ->
     One that is not finite ends the run before anything is saved.
     """
     losses = torch.stack([loss for _, loss in unread])
-    own = losses.cpu()
+    own = losses.clone()  # all_reduce writes over its argument
     if run.ranks.world_size > 1:
         dist.all_reduce(losses)
         losses /= run.ranks.world_size
@@ -335,9 +338,9 @@ def read_losses(run: Training, unread: list[tuple[np.ndarray, torch.Tensor]]) ->
             names = f" (records {', '.join(records.name(row) for row in unread[i][0][:3])} ...)"
         step = run.step - len(unread) + i + 1
         raise UsageError(
-            f"the loss is {float(losses[i])} at epoch {run.epoch + 1}, step {step}{names}; last.pt "
-            "is from before: start again with --overwrite and a lower --lr, a longer --warmup or "
-            "--amp off"
+            f"the loss is {float(losses[i])} at epoch {run.epoch + 1}, step {step}{names}; what is "
+            "saved is from before: start again with --overwrite and a lower --lr, a longer "
+            "--warmup or --amp off"
         )
     return losses.tolist()
 
@@ -372,9 +375,9 @@ def gather_targets(pairs: Pairs, rows: np.ndarray, ranks: Ranks) -> torch.Tensor
 
 @torch.no_grad()
 def validate(run: Training) -> dict:
-    """val_loss over batches of 128; r1, r5, r10 (percent) over all validation records (Table 5).
+    """val_loss over whole batches of 128; r1, r5, r10 (percent) over all records (Table 5).
 
-    Every record counts once, whatever the number of processes; all processes get the same numbers.
+    The same numbers on all processes, whatever their number.
     """
     batches = validation_batches(run.val_rows, run.ranks)
     parts = [torch.empty(0, run.model.encoder.embedding_dim)]
@@ -382,9 +385,8 @@ def validate(run: Training) -> dict:
         parts.append(selfmis.embed(run.model.encoder, signals, run.ranks.device))
     single = run.ranks.gather_rows(torch.cat(parts), len(run.val_rows))  # (N, D)
     losses = []
-    whole = max(VALIDATION_BATCH, len(single) // VALIDATION_BATCH * VALIDATION_BATCH)
-    for i in range(0, min(whole, len(single)), VALIDATION_BATCH):
-        batch = slice(i, i + VALIDATION_BATCH)
+    for b in range(max(1, len(single) // VALIDATION_BATCH)):  # an incomplete last one is left out
+        batch = slice(b * VALIDATION_BATCH, (b + 1) * VALIDATION_BATCH)
         s, m = single[batch].to(run.ranks.device), run.val_targets[batch].to(run.ranks.device)
         losses.append(run.model.loss(s, m).item())
     k = [n for n in (1, 5, 10) if n <= len(single)]
@@ -421,7 +423,7 @@ def save_last(run: Training) -> None:
     content = selfmis.encoder_content(run.model.encoder, run.spec, run.training_data)
     content |= {name: getattr(run, name) for name in PROGRESS}
     content |= dict(kind="pretrain", config=vars(run.config), world_size=run.ranks.world_size)
-    content |= run.learner.state() | dict(training_records=len(run.train_rows))
+    content |= run.learner.state(run.train_rows)
     selfmis.save(run.out / "last.pt", content | selfmis.environment())
 
 

@@ -15,6 +15,8 @@ import io
 import json
 import math
 import time
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +35,8 @@ GROUPS = {"nine": MI_TYPES, "six": SIX_TYPES, "diagnostic": STATEMENTS}  # each 
 GROUP_NAMES = {"nine": "nine-type mean", "six": "six-type mean", "diagnostic": "all 44 statements"}
 NINE = [STATEMENTS.index(t) for t in MI_TYPES]  # columns of labels and logits
 NORM = STATEMENTS.index("NORM")
+BASELINE = ", random encoder"  # how the names of heads on the baseline's features end
+BASELINE_KEY = "_random_encoder"  # the same in predictions.npz
 # Resamples of a handful of positives hardly differ: their interval would be falsely narrow.
 MINIMUM_POSITIVES = 10
 
@@ -67,21 +71,23 @@ class ProbeConfig(Config):
     baseline: bool = flag(False, "probe a random encoder of the same size beside this one")
     patience: int = flag(5, "epochs without a better validation AUC before training stops")
 
-    demonstrates = "a demonstration on synthetic ECG, beside a random encoder"
+    demonstrates = "a demonstration on synthetic ECG"
 
     def demonstration(self) -> dict:
         """As in train_pretrain.py, whose best.pt fits."""
         settings = dict(data=["synthetic:3000"])
-        if not self.finetune:
-            settings["baseline"] = True
         if self.encoder == "random":
             settings |= dict(size="small", sample_rate=100)
+        elif not self.finetune:
+            settings["baseline"] = True
         return settings
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(0 < fraction <= 1 for fraction in self.fractions):
             raise UsageError(f"--fractions {self.fractions}: expected shares above 0, at most 1")
+        if self.baseline and self.encoder == "random":
+            raise UsageError("--baseline: --encoder is random already")
         if self.finetune and self.head != "both":
             raise UsageError("--finetune trains a head of its own; probe its best.pt with --head")
         if self.finetune and (self.seeds > 1 or self.baseline or len(self.fractions) > 1):
@@ -107,23 +113,24 @@ def main(config: ProbeConfig) -> dict:
     """Probe or fine-tune; returns the content of results.json (in the first process)."""
     started = time.time()
     ranks = selfmis.join_ranks(config.device, config.seed)
+    selfmis.import_optional("matplotlib.figure", "drawing roc.png")  # not after hours
     out = selfmis.open_run(config)
-    encoder, spec = open_input(config, ranks)
-    records = labelled_records(config, spec)
-    split = split_by_fold(records, np.arange(len(records)), config)
-    test = records[split["test"]]
     if config.resume and (out / "results.json").exists():
         return add_comparisons(config, out, ranks)
-    for other in config.compare:
-        check_comparable(other, test, config)
+    encoder, spec = open_input(config, ranks)
+    records = labelled_records(config, spec)
     every_row = np.arange(len(records))
+    split = split_by_fold(records, every_row, config)  # as the lists say
+    for other in config.compare:
+        check_comparable(other, records[split["test"]])
+    last = selfmis.read_last(config, out, ranks)
+
     pairs = selfmis.read_pairs(config, records, every_row, spec, ranks)
-    split = split_by_fold(records, pairs.usable, config)
+    split = split_by_fold(records, pairs.usable, config)  # of what can be read
     if config.finetune:
         split["train"] = share_of(split["train"], config.fractions[0], config.seed)
     extractor = FeatureExtractor(encoder.to(ranks.device), pairs, spec, ranks)
     warnings = test_set_warnings(encoder, records[split["test"]])
-    last = selfmis.read_last(config, out, ranks)
     if last is None:
         description = describe(config, records, split, extractor, warnings)
         selfmis.begin_run(out, config, description, ranks)
@@ -134,7 +141,7 @@ def main(config: ProbeConfig) -> dict:
         content, heads = finetune(config, extractor, split, out, last, started)
     else:
         content, heads = probe_frozen(config, extractor, split)
-    ranks.barrier()
+    ranks.long_barrier()  # the first process trains the heads alone
     if not ranks.is_main:
         return {}
     heads = better_head_first(heads, records.labels[split["val"]])
@@ -180,7 +187,7 @@ def labelled_records(config: ProbeConfig, spec: InputSpec) -> Records:
     if len(records) == 0:
         raise UsageError(f"--data {' '.join(config.data)}: no labels; give PTB-XL or synthetic:N")
     if config.synthetic_only:
-        trains = records.folds == 11  # synthetic beside real, see gather_records
+        trains = records.folds == selfmis.TRAINING_FOLD  # the synthetic ones beside real ones
         if trains.all() or not trains.any():
             raise UsageError("--synthetic-only: give both real and synthetic --data")
         records = records[trains | np.isin(records.folds, (config.val_fold, config.test_fold))]
@@ -237,7 +244,7 @@ def test_set_warnings(encoder: ResNet1D, test: Records) -> list[str]:
 
 
 def describe(config, records, split, extractor, warnings) -> dict:
-    """Say what is trained and tested on, so that wrong data shows; the same for config.json."""
+    """Say what is trained and tested on, so that wrong data shows; return it for config.json."""
     encoder, pairs, spec = extractor.encoder, extractor.pairs, extractor.spec
     counts = {name: len(rows) for name, rows in split.items()}
     usable = ", ".join(f"{count:,} {name}" for name, count in counts.items())
@@ -272,14 +279,13 @@ class FeatureExtractor:
         self.ranks = ranks
         self.labels = torch.from_numpy(pairs.dataset.records.labels.astype(np.float32))  # (N, K)
 
-    def batches(self, batches):
+    def batches(self, rows_of_batches: Sequence[np.ndarray]):
         """Signals (B, L, T) of each array of rows."""
-        for signals, _ in self.pairs.batches(batches):
+        for signals, _ in self.pairs.batches(rows_of_batches):
             yield selfmis.with_empty_leads(signals, self.encoder, self.spec.lead)
 
     def features(self, rows: np.ndarray) -> torch.Tensor:
         """(N, D) float32 of these rows, in one pass that all processes share."""
-        self.encoder.eval()
         mine = rows[self.ranks.rank :: self.ranks.world_size]
         parts = [torch.empty(0, self.encoder.embedding_dim)]
         for signals in self.batches([mine[i : i + 256] for i in range(0, len(mine), 256)]):
@@ -298,21 +304,26 @@ def probe_frozen(
     """The encoder's part of probe.pt, and its heads; with --baseline a random encoder's too."""
     encoder = extractor.encoder
     content = selfmis.encoder_content(encoder, extractor.spec, encoder.training_data)
-    heads = train_heads(config, extractor, split, "")
-    if config.baseline and config.encoder != "random":
+    features = {"": {name: extractor.features(rows) for name, rows in split.items()}}
+    if config.baseline:
         torch.manual_seed(config.seed)
         extractor.encoder = ResNet1D(**encoder.architecture).to(extractor.ranks.device)
-        heads += train_heads(config, extractor, split, ", random encoder")
+        random = {name: extractor.features(rows) for name, rows in split.items()}
+        features[BASELINE] = random
+    heads = []
+    if extractor.ranks.is_main:
+        y = {name: extractor.labels[rows] for name, rows in split.items()}
+        for encoder_label, x in features.items():
+            heads += train_heads(config, x, y, encoder_label)
     return content, heads
 
 
-def train_heads(config, extractor, split, encoder_label: str) -> list[TrainedHead]:
-    """Every kind of head, share of labels and seed.  The test fold is scored and nothing else."""
-    x = {name: extractor.features(rows) for name, rows in split.items()}
-    y = {name: extractor.labels[rows] for name, rows in split.items()}
+def train_heads(config: ProbeConfig, x: dict, y: dict, encoder_label: str) -> list[TrainedHead]:
+    """Every kind of head, share of labels and seed.  The test fold is scored and nothing else.
+
+    x, y: features (N, D) and labels (N, K) of "train", "val" and "test".
+    """
     heads = []
-    if not extractor.ranks.is_main:
-        return heads
     for name, train_head in (("adam", adam_head), ("logistic", logistic_head)):
         if config.head not in (name, "both"):
             continue
@@ -330,7 +341,8 @@ def train_heads(config, extractor, split, encoder_label: str) -> list[TrainedHea
                 )
                 heads.append(head)
                 six = group_means(selfmis.macro_auc(y["val"], val_logits)[1])["six"]
-                print(f"{head.name}, seed {seed}, {len(rows):,} labels: {text}; six {six:.4f}")
+                line = f"{head.name}, seed {seed}, {len(rows):,} labels: {text}; six {six:.4f}"
+                print(line, flush=True)
     return heads
 
 
@@ -412,8 +424,9 @@ def logistic_head(x, y, x_val, y_val, config: ProbeConfig, seed: int):
 def solve_logistic(z, y, weight, curvature, strength: float, tolerance: float) -> torch.Tensor:
     """weight (D + 1, K) of the least mean logistic loss + strength / 2 |weight|^2, class by class.
 
-    The last row (the bias) is free of penalty.  L-BFGS in coordinates in which the curvature is
-    about 1 everywhere; ends where no gradient exceeds `tolerance`.
+    The last row (the bias) is free of penalty.  The loss is a sum over classes, so one L-BFGS
+    solves all, in coordinates in which the curvature is about 1 everywhere; it ends where no
+    gradient there exceeds `tolerance`.
     """
     penalty = torch.full((len(weight), 1), strength, dtype=z.dtype)
     penalty[-1] = 0
@@ -496,7 +509,7 @@ def finetune(
     learner = Learner(model, optimizer, config, ranks)
     run = Finetuning(config, extractor, split, out, model, learner, seen, started)
     if last is not None:
-        learner.restore(last)
+        learner.restore(last, split["train"])
         run.epoch, run.best, run.best_epoch = last["epoch"], last["best"], last["best_epoch"]
         ranks.print(f"{out}: going on at epoch {run.epoch + 1}")
     while run.epoch < config.epochs and run.epoch - run.best_epoch < config.patience:
@@ -564,7 +577,9 @@ def finish_epoch(run: Finetuning, entry: dict, auc: float) -> None:
     content |= selfmis.environment()
     if is_best:
         selfmis.save(run.out / "best.pt", content | dict(metrics=dict(val_macro_auc=auc)))
-    content |= run.learner.state() | dict(world_size=run.extractor.ranks.world_size)
+    content |= run.learner.state(run.split["train"]) | dict(
+        world_size=run.extractor.ranks.world_size
+    )
     content |= dict(epoch=run.epoch, best=run.best, best_epoch=run.best_epoch)
     content |= dict(minutes=(time.time() - run.started) / 60)
     selfmis.save(run.out / "last.pt", content)
@@ -579,14 +594,14 @@ def finish_epoch(run: Finetuning, entry: dict, auc: float) -> None:
 
 
 def at_full_labels(heads: list[TrainedHead]) -> list[TrainedHead]:
-    """Those with the most labels, which the results are about."""
+    """Those with the largest share of the labels, which the results are about."""
     most = max(head.fraction for head in heads)
     return [head for head in heads if head.fraction == most]
 
 
 def better_head_first(heads: list[TrainedHead], y_val: np.ndarray) -> list[TrainedHead]:
     """The head with the best validation AUC first: it detects, and the table begins with it."""
-    own = [head for head in at_full_labels(heads) if "random encoder" not in head.name]
+    own = [head for head in at_full_labels(heads) if not head.name.endswith(BASELINE)]
     aucs = [selfmis.macro_auc(y_val, head.val_logits)[0] for head in own]
     best = own[int(np.argmax(aucs))]
     same = [head for head in heads if head.name == best.name and head is not best]
@@ -656,6 +671,7 @@ def summarize(auc: np.ndarray, draws: np.ndarray, y: np.ndarray) -> dict:
         if present:
             mean = float(auc[present].mean())
             low, high = selfmis.interval(draws[:, present].mean(1))
+        # One rare class in 44 does little to their mean, one in nine a lot.
         rarest = min(int(y[:, k].sum()) for k in columns(group))
         if group == "nine" and rarest < MINIMUM_POSITIVES:
             low, high = math.nan, math.nan
@@ -667,7 +683,9 @@ def any_infarct(logits: list, y: np.ndarray, patients: np.ndarray) -> dict[str, 
     """AUC of 1 - prod(1 - p) over the nine types, against all other records and the normal ones."""
     infarct = y[:, NINE].any(1)
     found = {}
-    for other, rows in (("others", infarct | True), ("NORM", infarct | (y[:, NORM] > 0))):
+    everybody = np.ones_like(infarct)
+    for other, rows in (("others", everybody), ("NORM", infarct | (y[:, NORM] > 0))):
+        # log(1 + e^logit) = -log(1 - p), so their sum ranks as 1 - prod(1 - p) does.
         scores = [np.logaddexp(0, one[rows][:, NINE]).sum(1, keepdims=True) for one in logits]
         auc, draws = mean_auc(scores, infarct[rows, None], patients[rows])
         entry = interval_entry(draws[:, 0], int(infarct.sum()))
@@ -700,10 +718,10 @@ def detector_content(head: TrainedHead, y_val: np.ndarray) -> dict:
     The validation fold's scores are kept: a threshold is chosen from them when somebody asks.
     """
     temperature = fit_temperature(head.val_logits, y_val)
-    no_infarct = np.logaddexp(0, head.val_logits[:, NINE].astype(np.float64) / temperature)
+    p = 1 / (1 + np.exp(-head.val_logits[:, NINE].astype(np.float64) / temperature))  # (N, 9)
     infarct = y_val[:, NINE].any(1)
     validation = dict(
-        any_infarct=torch.from_numpy(1 - np.exp(-no_infarct.sum(1))).float(),
+        any_infarct=torch.from_numpy(1 - np.prod(1 - p, axis=1)).float(),
         infarct=torch.from_numpy(infarct),
         normal=torch.from_numpy((y_val[:, NORM] > 0) & ~infarct),
     )
@@ -745,7 +763,7 @@ def save_detector(config, out, content, head, records, split, results) -> None:
 
 
 def write_results(config, out, heads, records, split, results) -> None:
-    """predictions.npz, roc.png, results.md and, with which the run is finished, results.json."""
+    """predictions.npz, roc.png, results.md, and last results.json: it marks a finished run."""
     test = records[split["test"]]
     save_predictions(out / "predictions.npz", heads, records, split)
     draw_roc(out / "roc.png", heads[0], test.labels, results)
@@ -775,13 +793,13 @@ def save_predictions(path: Path, heads, records: Records, split: dict) -> None:
     The first of the first head stands as `logits` too.
     """
     test, val = records[split["test"]], records[split["val"]]
-    arrays = dict(labels=test.labels, fold=test.folds, patient=test.patients)
+    arrays = dict(labels=test.labels, fold=test.folds, patient=test.patient_keys())
     arrays["record"] = np.array([test.name(i) for i in range(len(test))])
     arrays |= dict(validation_labels=val.labels, validation_patient=val.patients)
     arrays["logits"] = heads[0].test_logits
     for name in dict.fromkeys(head.name for head in heads):
         same = [head for head in at_full_labels(heads) if head.name == name]
-        key = name.replace(", ", "_").replace(" ", "_")
+        key = name.replace(BASELINE, BASELINE_KEY)
         arrays[f"logits_{key}"] = np.stack([head.test_logits for head in same])
         arrays[f"validation_logits_{key}"] = np.stack([head.val_logits for head in same])
     buffer = io.BytesIO()
@@ -794,7 +812,8 @@ def read_predictions(folder: str | Path) -> tuple[dict, dict]:
     try:
         with np.load(Path(folder) / "predictions.npz") as saved:
             arrays = dict(saved)
-    except (OSError, ValueError, EOFError) as error:
+        test = {name: arrays[name] for name in ("labels", "fold", "patient")}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UsageError(
             f"--compare {folder}: no readable predictions.npz in it; give a finished run's folder"
         ) from error
@@ -802,16 +821,16 @@ def read_predictions(folder: str | Path) -> tuple[dict, dict]:
     for name, value in arrays.items():
         if name.startswith("logits_"):
             logits[name.removeprefix("logits_")] = value
-    return {name: arrays[name] for name in ("labels", "fold", "patient")}, logits
+    return test, logits
 
 
-def check_comparable(folder: str, test: Records, config: ProbeConfig) -> None:
+def check_comparable(folder: str, test: Records) -> None:
     """UsageError unless another run was tested on (nearly) these records.
 
     Unusable ones may be missing there; `compare` looks at every one when they are known.
     """
     theirs, _ = read_predictions(folder)
-    if len(theirs["fold"]) > len(test) or set(theirs["patient"]) - set(test.patients):
+    if len(theirs["fold"]) > len(test) or set(theirs["patient"]) - set(test.patient_keys()):
         raise UsageError(
             f"--compare {folder}: it was tested on other records; both need the same --data, "
             "--test-fold and --limit"
@@ -846,21 +865,19 @@ def compare(out: Path, others: list[str]) -> None:
 
 
 def comparable_heads(own: dict, theirs: dict) -> list[tuple[str, str]]:
-    """Heads of the same name; of a fine-tuned network and a frozen one each with each."""
+    """Heads of the same name; where there are none, each with each but the baseline's."""
     same = [(name, name) for name in own if name in theirs]
     if same:
         return same
-    encoders = [name for name in theirs if not name.endswith("random_encoder")]
-    return [(mine, name) for mine in own for name in encoders]
+    own = [name for name in own if not name.endswith(BASELINE_KEY)]
+    theirs = [name for name in theirs if not name.endswith(BASELINE_KEY)]
+    return [(mine, name) for mine in own for name in theirs]
 
 
 def add_comparisons(config: ProbeConfig, out: Path, ranks: Ranks) -> dict:
     """--resume of a finished run: nothing is trained again, --compare is added."""
     results = json.loads((out / "results.json").read_text())
-    now = json.loads(json.dumps(vars(config)))
-    for name, value in results["config"].items():
-        if name not in selfmis.FREE_ON_RESUME and now.get(name) != value:
-            raise UsageError(f"--resume: {out} was probed with {selfmis.as_flag(name)} {value}")
+    selfmis.check_settings(config, results["config"], out)
     ranks.print(f"{out}: finished already, see {out / 'results.md'}")
     if ranks.is_main:
         compare(out, config.compare)

@@ -12,9 +12,9 @@ from extras.detect import (
     describe_data,
     describe_probe,
     operating_point,
+    point_lines,
     probe_lines,
     run_command,
-    point_lines,
 )
 from selfmis import load_encoder, read_checkpoint
 
@@ -22,7 +22,7 @@ from selfmis import load_encoder, read_checkpoint
 def describe_checkpoint(path) -> str:
     """The card, a line for each thing that is stored."""
     content = read_checkpoint(path)
-    if "architecture" not in content:
+    if "architecture" not in content:  # ECGFounder's files, and those of others
         keys = ", ".join(map(str, content))
         return f"{path}\nnot written by selfmis; top level: {keys}"
     encoder = load_encoder(path)
@@ -39,12 +39,13 @@ def describe_checkpoint(path) -> str:
         f"input: lead {encoder.lead} at {encoder.sample_rate_hz:g} Hz, {steps}",
         f"trained on, its teacher included: {describe_data(encoder.training_data)}",
     ]
-    if "classes" in content:
+    if "validation" in content:
         lines += describe_head(content)
     for name in ("reliability", "metrics"):
-        if name in content:
+        if content.get(name):
             values = ", ".join(f"{key} {value:.4g}" for key, value in content[name].items())
             lines.append(f"{name}: {values}")
+    # Settings that were left off or empty say nothing.
     config = content.get("config", {})
     settings = [f"{k} {v}" for k, v in config.items() if v not in (None, False, [], "")]
     lines.append(f"settings: {', '.join(settings)}")
@@ -56,15 +57,17 @@ def describe_checkpoint(path) -> str:
 
 
 def describe_head(content: dict) -> list[str]:
-    """The head of a probe.pt: its labels, its AUC on the test fold, its verdict."""
+    """The head of a probe.pt: its labels, its AUC on the test fold, its verdict.
+
+    The verdict is that of extras.detect with its default specificity.
+    """
     results, fold = content["results"], content.get("config", {}).get("test_fold", "?")
     labels = describe_data(content["head_training_data"])
     head = content.get("head_name", "?")
     lines = [f"head: {head}, {len(content['classes'])} statements; its labels: {labels}"]
     lines += probe_lines(describe_probe(content))[1:]
-    lines += [
-        "any infarct, " + line for line in point_lines(operating_point(content["validation"]))
-    ]
+    point = operating_point(content["validation"])
+    lines.append(f"verdict: {'; '.join(point_lines(point))}")
     means = [f"{group} {format_auc(results[group])}" for group in ("nine", "six", "diagnostic")]
     lines.append(f"AUC on fold {fold}, 95 % interval: {', '.join(means)}")
     against = [f"{name} {format_auc(entry)}" for name, entry in results["any"].items()]

@@ -217,7 +217,9 @@ def point_lines(point: dict) -> list[str]:
     ]
     if point["predictive_value"] is not None:
         where = f"{point['prevalence']:.1%} have an infarct and all others a normal ECG"
-        lines.append(f"where {where}, {point['predictive_value']:.0%} of positives are right")
+        lines.append(
+            f"where {where}, {point['predictive_value']:.0%} of positive answers are right"
+        )
     return lines
 
 
@@ -235,7 +237,7 @@ def describe_data(entries: list[dict]) -> str:
     """The data that something was trained on and chosen by, in one line."""
     words = []
     for entry in entries:
-        chosen = "chosen by " if entry["use"] == "validation" else ""
+        chosen = "chosen by " if entry.get("use") == "validation" else ""
         records = f"{entry['records']:,} records {'with' if entry['labels'] else 'without'} labels"
         folds = " ".join(map(str, entry["folds"]))
         words.append(f"{chosen}{entry['data']}, {records}, folds {folds}")
@@ -245,7 +247,7 @@ def describe_data(entries: list[dict]) -> str:
 def describe_probe(content: dict) -> dict:
     """What a probe was trained on, how it did on its test fold, and what to be warned of."""
     entries = content["training_data"] + content["head_training_data"]
-    trained = [entry for entry in entries if entry["use"] == "training"]
+    trained = [entry for entry in entries if entry.get("use") != "validation"]
     unique = [entry for i, entry in enumerate(trained) if entry not in trained[:i]]
     results, warnings = content["results"], list(content["warnings"])
     if all(entry["data"].startswith("synthetic") for entry in entries):

@@ -37,9 +37,12 @@ def export_detector(path, out) -> str:
         raise UsageError(f"{path}: --filter {filter} is no part of the network: not exported")
     if out.suffix not in (".onnx", ".pt2"):
         raise UsageError(f"{out}: give a name that ends in .onnx or .pt2")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: cannot be written (it is a folder, or in none)")
     encoder = detector.classifier.encoder
     network = CalibratedClassifier(encoder, detector.content, zscore=normalize == "zscore").eval()
     shape = len(detector.leads), round(10 * detector.sample_rate_hz)  # (L, T)
+    # The example has two records: torch takes a dimension of one for a constant.
     batch = ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=batch)
     convert = to_onnx if out.suffix == ".onnx" else to_pt2
@@ -65,12 +68,14 @@ def about_detector(detector: Detector) -> dict[str, str]:
 
 
 def to_pt2(program, about: dict[str, str]) -> bytes:
+    """In memory, because torch ends in a RuntimeError of its own where a path cannot be written."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
     return file.getvalue()
 
 
 def to_onnx(program, about: dict[str, str]) -> bytes:
+    """Needs two packages that nothing else here needs; the sentence names those that lack."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         remedy = f"pip install {' '.join(missing)}, or export to .pt2"

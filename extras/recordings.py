@@ -170,7 +170,7 @@ WORDS = {"volt": 1e3, "volts": 1e3, "millivolts": 1.0, "microvolts": 1e-3}
 VOLTAGES = selfmis.MILLIVOLTS | WORDS
 NUMBER = re.compile(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:e[+-]?\d+)?", re.I)
 # A point or a comma in it is that of a decimal number: "1.234" may as well be a thousand.
-DECIMAL = r"[+-]?(?:(?:0\d*|\d{4,})[.,]\d+|\d*[.,](?:\d\d?|\d{4,}))"
+DECIMAL = r"[+-]?(?:(?:0\d*|\d{4,})[.,]\d*|\d*[.,](?:\d{0,2}|\d{4,}))(?:[eE][+-]?\d+)?"
 # "512 Hz", "1 kHz", "(Hz): 512.5", but not the end of a band ("0.05-150 Hz") nor "1.000 Hz".
 RATE = r"(?<![\d~-])(?<!\d[.,])(\d+(?:[.,]\d\d?)?)"
 FREQUENCY = re.compile(rf"{RATE} ?(k?)(?:hz|hertz)\b|\bhz\W{{1,5}}{RATE}(?![\d.,])", re.I)
@@ -192,13 +192,14 @@ def read_text(path: Path, leads, unit: str | None, column: str | None):
     lines = read_lines(path)
     separator, start, names, header = find_numbers(path, lines)
     body = io.StringIO("\n".join(lines[start:]))
+    as_text = {"header": None, "dtype": str, "na_filter": False, "skip_blank_lines": False}
     try:
-        table = pandas.read_csv(body, sep=separator, header=None, dtype=str, skip_blank_lines=False)
+        table = pandas.read_csv(body, sep=separator, **as_text)
     except ValueError as error:
         line = re.search(r"(?:line|row) (\d+)", str(error))
         place = start + int(line[1] if line else 1)
         raise RecordError(f"{path}: line {place}: not as many cells as above it") from error
-    if len(table) > 2 and set(map(str, table.iloc[0])) <= {str(len(table) - 1), "nan"}:
+    if len(table) > 2 and set(map(str, table.iloc[0])) <= {str(len(table) - 1), ""}:
         table, start = table[1:], start + 1  # BIOPAC writes the number of samples above them
     numbers = [pandas.to_numeric(table[i].str.replace(",", "."), errors="coerce") for i in table]
     chosen = choose_columns(f"{path}: line {max(1, start)}", names, leads, column)
@@ -221,15 +222,15 @@ def read_lines(path: Path) -> list[str]:
         text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
-    if "\0" in text[:4096]:
+    if "\0" in text:
         raise RecordError(f"{path}: binary, so not a recording as text")
-    lines = (
-        text.replace("\u2212", "-").rstrip(" \t\r\n,;").splitlines()
-    )  # the minus of some locales
+    text = text.replace("\u2212", "-")  # the minus sign of some locales
+    lines = text.rstrip(" \t\r\n,;").splitlines()
     for place, line in enumerate(lines, 1):
         values = len(re.findall(r"\d(?:[,;\t ]|$)", line))
-        if values > MOST_COLUMNS:
-            raise RecordError(f"{path}: line {place} holds {values:,} numbers: one sample a line")
+        if values > MOST_COLUMNS or len(line) > 10_000:
+            sentence = f"line {place} holds {values:,} numbers in {len(line):,} characters"
+            raise RecordError(f"{path}: {sentence}; one sample a line is expected")
     return lines
 
 
@@ -240,59 +241,73 @@ def find_numbers(path: Path, lines: list[str], separator: str = ""):
     only column without a name has the lead that the header states, or "".
     """
     middle = next((line for line in lines[len(lines) // 2 :] if re.search(r"\d", line)), "")
-    if not separator:
-        cells = middle.split()
-        blank = r"\s+" if len(cells) > 1 else "\t"
-        numbers = all(map(NUMBER.fullmatch, cells))  # "0,002 0,123": blanks and decimal commas
-        marks = "\t;" if numbers and len(cells) > 1 else "\t;,"
-        separator = next((mark for mark in marks if mark in middle), blank)
+    separator = separator or find_separator(middle)
     pattern = split_line(middle, separator)
-    numeric = [i for i, cell in enumerate(pattern) if NUMBER.fullmatch(cell)]
-
-    def is_row(line: str) -> bool:
-        cells = split_line(line, separator)
-        shown = [cells[i] for i in numeric if len(cells) == len(pattern) and cells[i]]
-        return len(shown) > 0 and all(NUMBER.fullmatch(cell) for cell in shown)
-
-    def is_title(cells: list[str]) -> bool:
-        if len(cells) != len(pattern) or not any(cells) or any(map(NUMBER.fullmatch, cells)):
-            return False
-        if len(cells) > 2:
-            return True
-        # A line "key: value" or "key,value" may stand above numbers in one column.
-        key, value = cells[0], cells[-1]
-        stated = FREQUENCY.search(value) or is_unit(value) or value.startswith(f"{key} ")
-        return not stated and not (len(cells) == 1 and re.search("[:=,;]", key))
-
-    start = next((i for i, line in enumerate(lines) if is_row(line)), None)
+    rows = (i for i, line in enumerate(lines) if is_like(split_line(line, separator), pattern))
+    start = next(rows, None)
     if start is None:
         raise RecordError(f"{path}: no column of numbers in it; one sample a line is expected")
-    above = ["", "", *lines[:start]]
-    upper, lower = (split_line(line, separator) for line in above[-2:])
-    if is_title(upper) and len(lower) == len(upper) < 2 * sum(map(is_unit, lower)):
+
+    header = [line for line in lines[:start] if line.strip().lower() not in ("", "nan")]
+    upper, lower = (split_line(line, separator) for line in ["", "", *header][-2:])
+    count = len(pattern)
+    if separator == "," and NUMBER.fullmatch(middle.strip()):  # "12,345": two numbers, or one?
+        if not lines[start - 1].strip() or not are_names(lower, count):
+            return find_numbers(path, lines, "\t")
+    if are_names(upper, count) and len(lower) == count < 2 * sum(map(is_unit, lower)):
         names = [f"{name} ({unit})" for name, unit in zip(upper, lower, strict=True)]
-        return separator, start, names, lines[: start - 2]
-    if is_title(lower):
-        return separator, start, lower, lines[: start - 1]
-    if separator == "," and len(pattern) == 2:  # "12,345": one number with a decimal comma
-        return find_numbers(path, lines, "\t")
-    if len(pattern) > 1:
-        found = f"line {start + 1}: {len(pattern)} columns of numbers and no line of names"
-        raise UsageError(f"{path}: {found}; write one above it, such as time,I")
-    return separator, start, [stated_leads(lines[:start])], lines[:start]
+        return separator, start, names, header[:-2]
+    if are_names(lower, count):
+        return separator, start, lower, header[:-1]
+    if count > 1:
+        sentence = f"line {start + 1}: {count} columns of numbers and no line of names"
+        raise UsageError(f"{path}: {sentence}; write one above it, such as time,I")
+    return separator, start, [stated_leads(header)], header
+
+
+def find_separator(line: str) -> str:
+    """What stands between the numbers of a line; a tab where it is one number."""
+    cells = line.split()
+    if len(cells) > 1 and all(map(NUMBER.fullmatch, cells)):
+        return "\t" if "\t" in line else r"\s+"  # blanks; commas are decimal commas
+    blank = r"\s+" if len(cells) > 1 else "\t"
+    return next((mark for mark in "\t;," if mark in line), blank)
+
+
+def split_line(line: str, separator: str) -> list[str]:
+    """The cells of a line, without quotes and the mark of a comment."""
+    line = line.lstrip("# ")
+    if separator == r"\s+":
+        cells = line.split()
+    else:
+        cells = next(csv.reader([line], delimiter=separator), [])
+    return [cell.strip(" '\"") for cell in cells]
+
+
+def is_like(cells: list[str], pattern: list[str]) -> bool:
+    """Whether a line has as many cells as the pattern, and numbers or nothing where it has them."""
+    if len(cells) != len(pattern):
+        return False
+    pairs = zip(cells, pattern, strict=True)
+    shown = [cell for cell, other in pairs if NUMBER.fullmatch(other) and cell]
+    return len(shown) > 0 and all(map(NUMBER.fullmatch, shown))
+
+
+def are_names(cells: list[str], count: int) -> bool:
+    """Whether cells are names of `count` columns.
+
+    Not "key: value" or "key,value" of a header, which may stand above numbers in one column.
+    """
+    if len(cells) != count or not any(cells) or any(map(NUMBER.fullmatch, cells)):
+        return False
+    key, value = cells[0], cells[-1]
+    stated = FREQUENCY.search(value) or is_unit(value) or value.startswith(f"{key} ")
+    return count > 2 or not (stated or (count == 1 and re.search("[:=,;]", key)))
 
 
 def is_unit(cell: str) -> bool:
     """Of a voltage or of time."""
     return cell.lower() in VOLTAGES or re.fullmatch("s|sec|seconds|[nuµμm]s", cell) is not None
-
-
-def split_line(line: str, separator: str) -> list[str]:
-    """The cells of a line, without quotes, brackets around a unit, and the mark of a comment."""
-    line = line.lstrip("# ")
-    blanks = separator == r"\s+"
-    cells = line.split() if blanks else next(csv.reader([line], delimiter=separator), [])
-    return [cell.strip(" '\"") for cell in cells]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -359,7 +374,7 @@ def refuse_words(file: str, first: int, name: str, cells, numbers, decimals: boo
     are numbers that may as well be grouped thousands, where no number of the file is a decimal.
     """
     wrong, sentence = numbers.isna(), "is not a number"
-    if wrong.mean() < 0.5:
+    if wrong.mean() < 0.3:  # every second line empty: then the rate is wrong too
         wrong &= cells.str.contains(r"\d", na=False)
     if not wrong.any() and not decimals:
         wrong = cells.str.contains("[.,]", na=False)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from selfmis import bootstrap_auc, interval, macro_auc, retrieval, roc_auc
+from selfmis import UsageError, bootstrap_auc, interval, macro_auc, retrieval, roc_auc
 
 
 def counted_auc(y, score):
@@ -16,7 +16,7 @@ def counted_auc(y, score):
 
 
 def labelled(n, K=None, shift=1.0, levels=None, seed=0):
-    """Labels with both values present in each column, and scores that know something; levels makes ties."""
+    """Labels with both values in each column, scores that know something; levels makes ties."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, 2, (n, K or 1))
     y[:2] = [[0], [1]]
@@ -26,7 +26,8 @@ def labelled(n, K=None, shift=1.0, levels=None, seed=0):
     return (y, score) if K else (y[:, 0], score[:, 0])
 
 
-# ---- AUC -------------------------------------------------------------------------------------------------------------
+# ---- AUC -----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("levels", [None, 0.5, 2], ids=["distinct", "many-ties", "some-ties"])
 def test_auc_is_the_share_of_ordered_pairs(levels):
@@ -50,8 +51,12 @@ def test_auc_of_the_opposite_is_the_rest():
 def test_auc_ignores_increasing_maps_row_order_and_doubling():
     y, score = labelled(50, levels=2)
     order = np.random.default_rng(1).permutation(50)
-    for same in (roc_auc(y, np.exp(score)), roc_auc(y, 1e6 * score - 3), roc_auc(y[order], score[order]),
-                 roc_auc(np.tile(y, 2), np.tile(score, 2))):
+    for same in (
+        roc_auc(y, np.exp(score)),
+        roc_auc(y, 1e6 * score - 3),
+        roc_auc(y[order], score[order]),
+        roc_auc(np.tile(y, 2), np.tile(score, 2)),
+    ):
         assert same == pytest.approx(roc_auc(y, score), abs=1e-12)
 
 
@@ -60,16 +65,21 @@ def test_auc_of_a_constant_score_is_half_in_any_row_order(y):
     assert roc_auc(y, [0.3] * len(y)) == 0.5
 
 
-@pytest.mark.parametrize("score, auc", [
-    ([math.inf, math.inf, 0], 0.25),             # positive, negative, positive: a tie at the top
-    ([-math.inf, -math.inf, -math.inf], 0.5),
-    ([math.inf, -math.inf, math.inf], 1.0),
-    ([1e308, -1e308, 1e308], 1.0),
-])
+@pytest.mark.parametrize(
+    "score, auc",
+    [
+        ([math.inf, math.inf, 0], 0.25),  # positive, negative, positive: a tie at the top
+        ([-math.inf, -math.inf, -math.inf], 0.5),
+        ([math.inf, -math.inf, math.inf], 1.0),
+        ([1e308, -1e308, 1e308], 1.0),
+    ],
+)
 def test_auc_ranks_infinite_scores_like_any_other(score, auc):
     """A saturated probability has an infinite logit."""
     assert roc_auc([1, 0, 1], score) == auc
-    assert (bootstrap_auc([[1], [0], [1]], np.array(score)[:, None], [1, 1, 1], draws=3) == auc).all()
+    assert (
+        bootstrap_auc([[1], [0], [1]], np.array(score)[:, None], [1, 1, 1], draws=3) == auc
+    ).all()
 
 
 @pytest.mark.parametrize("y", [[0], [1], [0, 0, 0], [1, 1, 1]])
@@ -78,7 +88,7 @@ def test_auc_without_one_of_the_classes_is_nan(y):
 
 
 def test_auc_ranks_float32_logits_in_full_precision():
-    """Neighbouring float32 and float64 logits are told apart; half precision and a sigmoid would tie them all."""
+    """Neighbouring float32 and float64 logits are told apart; half precision ties them all."""
     y = np.array([0, 0, 1, 1])
     for one in (np.float32(30), np.float64(30)):
         logits = one + np.spacing(one) * np.arange(4, dtype=one.dtype)
@@ -86,9 +96,18 @@ def test_auc_ranks_float32_logits_in_full_precision():
         assert roc_auc(y, torch.from_numpy(logits).half()) == 0.5
 
 
-@pytest.mark.parametrize("kind", [list, np.asarray, torch.as_tensor, lambda x: torch.as_tensor(x).half(),
-                                  lambda x: torch.as_tensor(x).bfloat16(), lambda x: np.float16(x)],
-                         ids=["list", "array", "tensor", "half tensor", "bfloat16 tensor", "half array"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        list,
+        np.asarray,
+        torch.as_tensor,
+        lambda x: torch.as_tensor(x).half(),
+        lambda x: torch.as_tensor(x).bfloat16(),
+        lambda x: np.float16(x),
+    ],
+    ids=["list", "array", "tensor", "half tensor", "bfloat16 tensor", "half array"],
+)
 def test_auc_takes_lists_arrays_and_tensors(kind):
     y, score = labelled(30, levels=2)
     assert roc_auc(kind(y), kind(score)) == pytest.approx(counted_auc(y, score), abs=1e-12)
@@ -99,18 +118,21 @@ def test_auc_takes_boolean_labels():
     assert roc_auc(y == 1, score) == roc_auc(y, score)
 
 
-@pytest.mark.parametrize("y, score, named", [
-    ([0, 1, 1], [0.1, 0.2], r"3.*2"),
-    ([0, 1], [[0.1], [0.2]], r"2, 1"),
-    ([0, 2, 1], [0.1, 0.2, 0.3], "2"),
-    ([0, 0.5, 1], [0.1, 0.2, 0.3], "0.5"),
-    ([0, -1, 1], [0.1, 0.2, 0.3], "-1"),
-    ([0, math.nan, 1], [0.1, 0.2, 0.3], "(?i)nan"),
-    ([0, 1, 1], [0.1, math.nan, 0.3], "(?i)nan"),
-    ([], [], "(?i)empty|no |0"),
-])
+@pytest.mark.parametrize(
+    "y, score, named",
+    [
+        ([0, 1, 1], [0.1, 0.2], r"3.*2"),
+        ([0, 1], [[0.1], [0.2]], r"2, 1"),
+        ([0, 2, 1], [0.1, 0.2, 0.3], "2"),
+        ([0, 0.5, 1], [0.1, 0.2, 0.3], "0.5"),
+        ([0, -1, 1], [0.1, 0.2, 0.3], "-1"),
+        ([0, math.nan, 1], [0.1, 0.2, 0.3], "(?i)nan"),
+        ([0, 1, 1], [0.1, math.nan, 0.3], "(?i)nan"),
+        ([], [], "(?i)empty|no |0"),
+    ],
+)
 def test_auc_refuses_bad_input_by_name(y, score, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UsageError, match=named):
         roc_auc(y, score)
 
 
@@ -125,24 +147,28 @@ def test_macro_auc_is_the_mean_of_the_columns_and_leaves_absent_classes_out():
 
 
 def test_macro_auc_ranks_the_whole_set_at_once():
-    """Two batches of AUC 1 on scales of their own: together the second's negatives pass the first's positives."""
+    """Two batches of AUC 1 on scales of their own: the second's negatives pass the first's hits."""
     y, score = np.array([[0], [1], [0], [1]]), np.array([[0.0], [1.0], [2.0], [3.0]])
     assert macro_auc(y[:2], score[:2])[0] == macro_auc(y[2:], score[2:])[0] == 1.0
     assert macro_auc(y, score)[0] == 0.75
 
 
-@pytest.mark.parametrize("y, score", [
-    (np.eye(3), np.zeros((3, 2))),
-    (np.eye(3), np.zeros((2, 3))),
-    (np.eye(3), np.full((3, 3), np.nan)),
-    (2 * np.eye(3), np.zeros((3, 3))),
-])
+@pytest.mark.parametrize(
+    "y, score",
+    [
+        (np.eye(3), np.zeros((3, 2))),
+        (np.eye(3), np.zeros((2, 3))),
+        (np.eye(3), np.full((3, 3), np.nan)),
+        (2 * np.eye(3), np.zeros((3, 3))),
+    ],
+)
 def test_macro_auc_refuses_bad_input(y, score):
-    with pytest.raises(ValueError):
+    with pytest.raises(UsageError):
         macro_auc(y, score)
 
 
-# ---- bootstrap -------------------------------------------------------------------------------------------------------
+# ---- bootstrap -----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("level, expected", [(0.95, (25, 975)), (0.5, (250, 750))])
 def test_interval_is_the_central_percentiles(level, expected):
@@ -151,13 +177,19 @@ def test_interval_is_the_central_percentiles(level, expected):
 
 
 def test_interval_is_of_one_number():
-    with pytest.raises(ValueError, match=r"\(10, 3\)"):
+    with pytest.raises(UsageError, match=r"\(10, 3\)"):
         interval(np.zeros((10, 3)))
 
 
-@pytest.mark.parametrize("y, groups", [([0, 1, 1], None), ([[0], [1], [1]], [1, 2])])
-def test_bootstrap_refuses_bad_input_by_name(y, groups):
-    with pytest.raises(ValueError, match="expected .N, K., and a group for each"):
+@pytest.mark.parametrize(
+    "y, groups, named",
+    [
+        ([0, 1, 1], None, r"\(3,\): expected \(N, K\)"),
+        ([[0], [1], [1]], [1, 2], r"\(3, 1\) with 2 groups: expected one each"),
+    ],
+)
+def test_bootstrap_refuses_bad_input_by_name(y, groups, named):
+    with pytest.raises(UsageError, match=named):
         bootstrap_auc(y, np.zeros(np.shape(y)), groups)
 
 
@@ -176,9 +208,10 @@ def test_bootstrap_interval_holds_the_point_value():
 
 def test_bootstrap_repeats_with_its_seed_and_only_with_it():
     y, score = labelled(50, K=2)
-    draw = lambda seed: bootstrap_auc(y, score, draws=20, seed=seed)
-    assert np.array_equal(draw(3), draw(3)) and not np.array_equal(draw(3), draw(4))
-    assert np.array_equal(draw(0), bootstrap_auc(y, score, draws=20))
+    draws = {seed: bootstrap_auc(y, score, draws=20, seed=seed) for seed in (0, 3, 4)}
+    assert np.array_equal(draws[3], bootstrap_auc(y, score, draws=20, seed=3))
+    assert not np.array_equal(draws[3], draws[4])
+    assert np.array_equal(draws[0], bootstrap_auc(y, score, draws=20))
 
 
 def test_bootstrap_draws_differ():
@@ -188,20 +221,25 @@ def test_bootstrap_draws_differ():
 
 def test_bootstrap_interval_shrinks_with_the_root_of_n():
     """16 times the records, a quarter of the width."""
-    low, high = zip(*(interval(bootstrap_auc(*labelled(n, K=1), draws=400)[:, 0]) for n in (150, 2400)))
-    assert 3 < (high[0] - low[0]) / (high[1] - low[1]) < 5.3
+    widths = []
+    for n in (150, 2400):
+        low, high = interval(bootstrap_auc(*labelled(n, K=1), draws=400)[:, 0])
+        widths.append(high - low)
+    assert 3 < widths[0] / widths[1] < 5.3
 
 
 def test_bootstrap_draws_whole_patients():
-    """Two patients of a positive and a negative each: AA gives 1, BB gives 0, AB gives 3/4, split patients other values."""
+    """Two patients, a positive and a negative each: AA gives 1, BB 0, AB 3/4, split ones others."""
     y, score, groups = [[1], [1], [0], [0]], [[3], [1], [0], [2]], [70, 4, 70, 4]
     values, counts = np.unique(bootstrap_auc(y, score, groups, draws=800), return_counts=True)
     assert values.tolist() == [0, 0.75, 1]
-    np.testing.assert_allclose(counts / 800, [0.25, 0.5, 0.25], atol=0.06)  # 3 standard errors and a bit
+    np.testing.assert_allclose(
+        counts / 800, [0.25, 0.5, 0.25], atol=0.06
+    )  # 3 standard errors and a bit
 
 
 def test_bootstrap_without_groups_draws_rows():
-    """The same four rows, each a patient of its own: 1/2 and thirds, which whole patients cannot give."""
+    """The same rows, each its own patient: 1/2 and thirds, which whole patients cannot give."""
     values = np.unique(bootstrap_auc([[1], [1], [0], [0]], [[3], [1], [0], [2]], draws=400))
     np.testing.assert_allclose(values, [0, 1 / 3, 1 / 2, 2 / 3, 3 / 4, 1], atol=1e-12)
 
@@ -209,13 +247,15 @@ def test_bootstrap_without_groups_draws_rows():
 def test_repeated_records_of_a_patient_do_not_narrow_the_bootstrap():
     y, score = labelled(100, K=1)
     once = bootstrap_auc(y, score, draws=600)
-    twice = bootstrap_auc(np.tile(y, (2, 1)), np.tile(score, (2, 1)), np.tile(np.arange(100), 2), draws=600)
+    twice = bootstrap_auc(
+        np.tile(y, (2, 1)), np.tile(score, (2, 1)), np.tile(np.arange(100), 2), draws=600
+    )
     assert 0.85 < twice.std() / once.std() < 1.18  # drawn by row it would be 0.71
 
 
 @pytest.mark.parametrize("rare", [1, 0], ids=["positive", "negative"])
 def test_bootstrap_redraws_until_every_class_has_both_labels(rare):
-    """One rare row of 40 is missing from a third of all plain draws, and two such classes from half of them."""
+    """A rare row of 40 is missing from a third of all plain draws, one of two such from half."""
     y = np.full((40, 2), 1 - rare)
     y[3, 0] = y[8, 1] = rare
     draws = bootstrap_auc(y, np.random.default_rng(0).standard_normal((40, 2)), draws=300)
@@ -230,7 +270,9 @@ def test_bootstrap_of_one_positive_and_one_negative_is_the_point_value():
 def test_bootstrap_of_a_single_patient_is_the_point_value(levels):
     y, score = labelled(60, K=3, levels=levels)
     expected = [counted_auc(y[:, k], score[:, k]) for k in range(3)]
-    np.testing.assert_allclose(bootstrap_auc(y, score, np.zeros(60), draws=2), [expected, expected], rtol=1e-12)
+    np.testing.assert_allclose(
+        bootstrap_auc(y, score, np.zeros(60), draws=2), [expected, expected], rtol=1e-12
+    )
 
 
 def test_bootstrap_is_paired_across_scores():
@@ -239,8 +281,12 @@ def test_bootstrap_is_paired_across_scores():
     groups = np.arange(60) // 3
     draws = bootstrap_auc(y, score, groups, draws=50, seed=5)
     assert draws.std() > 0.01
-    np.testing.assert_allclose(bootstrap_auc(y, np.exp(score), groups, draws=50, seed=5), draws, rtol=1e-12)
-    np.testing.assert_allclose(bootstrap_auc(y, -score, groups, draws=50, seed=5), 1 - draws, atol=1e-12)
+    np.testing.assert_allclose(
+        bootstrap_auc(y, np.exp(score), groups, draws=50, seed=5), draws, rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        bootstrap_auc(y, -score, groups, draws=50, seed=5), 1 - draws, atol=1e-12
+    )
 
 
 def test_bootstrap_draws_the_same_rows_for_every_class():
@@ -256,14 +302,15 @@ def test_bootstrap_of_an_absent_class_is_nan_and_disturbs_no_other():
     assert np.isnan(draws[:, 1]).all() and np.isfinite(draws[:, [0, 2]]).all()
 
 
-# ---- retrieval -------------------------------------------------------------------------------------------------------
+# ---- retrieval -----------------------------------------------------------------------------------
+
 
 def noise(N, D, seed):
     return torch.randn(N, D, generator=torch.Generator().manual_seed(seed))
 
 
 def ranked_retrieval(single, multi, k):
-    """From the whole matrix of cosines in float64: how many columns are at least as near as the own one."""
+    """From all cosines in float64: how many columns are at least as near as the own one."""
     single, multi = (x.double() / x.double().norm(dim=1, keepdim=True) for x in (single, multi))
     cosines = single @ multi.T
     rank = (cosines >= cosines.diagonal()[:, None]).sum(1)
@@ -282,20 +329,24 @@ def test_retrieval_of_cyclically_shifted_embeddings_is_0_percent():
 
 
 def test_retrieval_of_a_matrix_made_by_hand():
-    """Rows are the single-lead records: own products rank 1, 2, 3, 1 in the rows; in the columns it would be 2, 1, 2, 3."""
-    cosines = torch.tensor([[0.5, 0.2, -0.1, 0.4],
-                            [0.6, 0.4, 0.15, 0.3],
-                            [0.3, 0.2, 0.1, 0.0],
-                            [-0.2, -0.3, 0.0, 0.2]])
-    multi = torch.cat([cosines.T, (1 - cosines.T.square().sum(1, keepdim=True)).sqrt()], dim=1)  # unit length
+    """Rows are single-lead records: own products rank 1, 2, 3, 1 (in the columns 2, 1, 2, 3)."""
+    cosines = torch.tensor(
+        [[0.5, 0.2, -0.1, 0.4], [0.6, 0.4, 0.15, 0.3], [0.3, 0.2, 0.1, 0.0], [-0.2, -0.3, 0.0, 0.2]]
+    )
+    multi = torch.cat(
+        [cosines.T, (1 - cosines.T.square().sum(1, keepdim=True)).sqrt()], dim=1
+    )  # unit length
     single = torch.eye(4, 5)
     assert retrieval(single, multi, k=(1, 2, 3)) == {1: 50.0, 2: 75.0, 3: 100.0}
-    assert retrieval(5 * single, multi * torch.tensor([[9.0], [0.1], [1.0], [30.0]]), k=(1, 2)) == {1: 50.0, 2: 75.0}
+    assert retrieval(5 * single, multi * torch.tensor([[9.0], [0.1], [1.0], [30.0]]), k=(1, 2)) == {
+        1: 50.0,
+        2: 75.0,
+    }
 
 
 @pytest.mark.parametrize("N, D", [(5, 17), (6, 512), (300, 1024)])
 def test_retrieval_counts_ties_against_us(N, D):
-    """A collapsed encoder, the same embedding for every record, finds nothing, whatever the products round to."""
+    """A collapsed encoder, one embedding for all, finds nothing, whatever the products round to."""
     for seed in range(5):
         single, collapsed = noise(N, D, seed), noise(1, D, 100 + seed).expand(N, D)
         assert retrieval(single, collapsed, k=(1, N - 1, N)) == {1: 0.0, N - 1: 0.0, N: 100.0}
@@ -310,7 +361,9 @@ def test_retrieval_of_records_that_occur_twice_is_no_hit_at_1(N, D):
 
 def test_retrieval_of_noise_is_at_chance():
     """100 of 2000 is 5 %, with a standard error of 0.49."""
-    assert retrieval(noise(2000, 32, 0), noise(2000, 32, 1), k=(100,))[100] == pytest.approx(5, abs=2)
+    assert retrieval(noise(2000, 32, 0), noise(2000, 32, 1), k=(100,))[100] == pytest.approx(
+        5, abs=2
+    )
 
 
 def test_retrieval_of_many_records_equals_the_whole_matrix():
@@ -319,17 +372,22 @@ def test_retrieval_of_many_records_equals_the_whole_matrix():
     multi = single + noise(4567, 8, 1)
     found, expected = retrieval(single, multi), ranked_retrieval(single, multi, (1, 5, 10))
     assert 1 < expected[1] < expected[10] < 50
-    assert found == pytest.approx(expected, abs=0.05)  # two records whose ranks are a matter of rounding
+    assert found == pytest.approx(
+        expected, abs=0.05
+    )  # two records whose ranks are a matter of rounding
 
 
-@pytest.mark.parametrize("single, multi, k, named", [
-    (torch.ones(4, 3), torch.ones(5, 3), (1,), "5"),
-    (torch.ones(4, 3), torch.ones(4, 2), (1,), "2"),
-    (torch.ones(4, 3), torch.ones(4, 3), (1, 7), "7"),
-    (torch.ones(4, 3), torch.ones(4, 3), (0, 1), "k = 0, 1"),
-    (torch.ones(4, 3), torch.full((4, 3), math.nan), (1,), "(?i)finite|nan"),
-    (torch.full((4, 3), math.inf), torch.ones(4, 3), (1,), "(?i)finite|inf"),
-])
+@pytest.mark.parametrize(
+    "single, multi, k, named",
+    [
+        (torch.ones(4, 3), torch.ones(5, 3), (1,), "5"),
+        (torch.ones(4, 3), torch.ones(4, 2), (1,), "2"),
+        (torch.ones(4, 3), torch.ones(4, 3), (1, 7), "7"),
+        (torch.ones(4, 3), torch.ones(4, 3), (0, 1), "k = 0, 1"),
+        (torch.ones(4, 3), torch.full((4, 3), math.nan), (1,), "(?i)finite|nan"),
+        (torch.full((4, 3), math.inf), torch.ones(4, 3), (1,), "(?i)finite|inf"),
+    ],
+)
 def test_retrieval_refuses_bad_input_by_name(single, multi, k, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UsageError, match=named):
         retrieval(single, multi, k=k)

@@ -1,7 +1,8 @@
 """ResNet1D is ECGFounder's Net1D, and load_ecgfounder takes its files and nothing else.
 
-Two witnesses, neither written with selfmis.py in view: a NumPy forward pass (below, from the description of the
-architecture) and net1d_golden.json (outputs of the published code for weights and inputs made by a rule).
+Two witnesses, neither written with selfmis.py in view: a NumPy forward pass (below, from the
+description of the architecture) and net1d_golden.json (outputs of the published code for weights
+and inputs made by a rule).
 """
 
 import json
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from selfmis import ResNet1D, load_ecgfounder
+from selfmis import LEADS, ResNet1D, SelfCuttingDataset, UsageError, embed
+from selfmis import load_ecgfounder, load_encoder, self_cut
 
 GOLDEN = json.loads((Path(__file__).parent / "net1d_golden.json").read_text())
 CASES = [key for key in GOLDEN if not key.startswith("shapes")]
@@ -25,29 +27,33 @@ SMALL = dict(stem=8, widths=(8, 12, 12, 20), depths=(2, 1, 2, 1), group_width=4)
 CONV, GATE = "stage_list.3.block_list.1.conv2.conv.weight", "stage_list.6.block_list.3.se_fc2.bias"
 
 
-# ---- a forward pass in plain NumPy -----------------------------------------------------------------------------------
+# ---- a forward pass in plain NumPy ---------------------------------------------------------------
+
 
 def swish(x):
     return x / (1 + np.exp(-x))
 
 
 def same_conv(x, weight, bias, stride=1):
-    """The output has ceil(L / stride) samples; of an odd number of padded zeros the larger half is on the right."""
-    B, C, L = x.shape
-    O, W, k = weight.shape  # W input channels a group
-    out = -(-L // stride)
-    pad = max(0, (out - 1) * stride + k - L)
+    """ceil(T / stride) samples; of an odd number of padded zeros the larger half is right."""
+    B, C, T = x.shape
+    c_out, width, k = weight.shape  # width: input channels a group
+    out = -(-T // stride)
+    pad = max(0, (out - 1) * stride + k - T)
     x = np.pad(x, ((0, 0), (0, 0), (pad // 2, pad - pad // 2)))
-    y = np.zeros((B, O, out)) + bias[:, None]
-    for group in range(C // W):
-        inputs, outputs = slice(group * W, (group + 1) * W), slice(group * O * W // C, (group + 1) * O * W // C)
+    y = np.zeros((B, c_out, out)) + bias[:, None]
+    groups = C // width
+    for group in range(groups):
+        inputs = slice(group * width, (group + 1) * width)
+        outputs = slice(group * c_out // groups, (group + 1) * c_out // groups)
         for tap in range(k):
-            y[:, outputs] += weight[outputs, :, tap] @ x[:, inputs, tap:tap + (out - 1) * stride + 1:stride]
+            samples = slice(tap, tap + (out - 1) * stride + 1, stride)
+            y[:, outputs] += weight[outputs, :, tap] @ x[:, inputs, samples]
     return y
 
 
 def shortcut(x, channels, halve):
-    """Maximum of sample pairs, where the partner of a last odd sample is 0; new channels are zeros on both sides."""
+    """Maximum of sample pairs, a last odd one with 0; new channels are zeros on both sides."""
     if halve:
         x = np.pad(x, ((0, 0), (0, 0), (0, x.shape[2] % 2)))
         x = np.maximum(x[:, :, 0::2], x[:, :, 1::2])
@@ -77,14 +83,15 @@ def numpy_forward(x, state, depths):
     return x.mean(2)
 
 
-# ---- weights, inputs and files ---------------------------------------------------------------------------------------
+# ---- weights, inputs and files -------------------------------------------------------------------
+
 
 def seeded(seed, shape):
     return np.random.RandomState(seed % 2**32).standard_normal(shape).astype(np.float32)
 
 
 def ruled_weights(shapes, seed=0):
-    """The rule that made net1d_golden.json: every tensor is a function of its key, its shape and the seed."""
+    """The rule that made net1d_golden.json: a tensor is a function of key, shape and seed."""
     state = {}
     for key, shape in shapes.items():
         if key.endswith("num_batches_tracked"):
@@ -104,7 +111,9 @@ def ruled_weights(shapes, seed=0):
 def ruled_encoder(leads, **size):
     """A float64 ResNet1D with the rule's weights: biases, gates and signs all matter."""
     encoder = ResNet1D(leads, **size).double()
-    encoder.load_state_dict(ruled_weights({key: tuple(w.shape) for key, w in encoder.state_dict().items()}))
+    encoder.load_state_dict(
+        ruled_weights({key: tuple(w.shape) for key, w in encoder.state_dict().items()})
+    )
     return encoder
 
 
@@ -124,42 +133,60 @@ class NumPy1Pickler(pickle._Pickler):
 
 
 def save_as_published(state, path, pickler=NumPy1Pickler):
-    torch.save({"epoch": 3, "step": 10000, "state_dict": state, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
-                "scheduler": {"best": 0.92}, "val_auroc": np.float64(0.9204)}, path, types.SimpleNamespace(__name__="pickle", Pickler=pickler))
+    torch.save(
+        {
+            "epoch": 3,
+            "step": 10000,
+            "state_dict": state,
+            "optimizer": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+            "scheduler": {"best": 0.92},
+            "val_auroc": np.float64(0.9204),
+        },
+        path,
+        types.SimpleNamespace(__name__="pickle", Pickler=pickler),
+    )
     return path
 
 
-@pytest.fixture(scope="module", params=[1, 12])
-def published(request, tmp_path_factory):
-    """(leads, weights by the rule, encoder loaded from a file in ECGFounder's format with all 509 entries)"""
-    leads = request.param
-    state = ruled_weights(GOLDEN[f"shapes{leads}"])
-    path = save_as_published(state, tmp_path_factory.mktemp("published") / "ECGFounder.pth")
-    yield leads, state, load_ecgfounder(path, leads)
-    path.unlink()  # 120 MB
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """{leads: (weights by the rule, encoder loaded from a file of ECGFounder's 509 entries)}."""
+    found = {}
+    for leads in (1, 12):
+        state = ruled_weights(GOLDEN[f"shapes{leads}"])
+        path = save_as_published(state, tmp_path_factory.mktemp("published") / "ECGFounder.pth")
+        found[leads] = state, load_ecgfounder(path, leads)
+        path.unlink()  # 120 MB
+    return found
 
 
 def hollow(leads=1):
-    """All 509 entries in their shapes, but a kilobyte each on disk: for files whose numbers do not matter."""
+    """All 509 entries in their shapes, but a kilobyte each on disk: numbers do not matter here."""
     return {key: torch.zeros(()).expand(shape) for key, shape in GOLDEN[f"shapes{leads}"].items()}
 
 
 def load_error(tmp_path, state, leads=1):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UsageError) as error:
         load_ecgfounder(save_as_published(state, tmp_path / "broken.pth"), leads)
     return str(error.value)
 
 
-# ---- the forward pass ------------------------------------------------------------------------------------------------
+# ---- the forward pass ----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("length", [16, 17, 19, 31, 64, 100, 333])
-@pytest.mark.parametrize("leads, size", [
-    (1, SMALL),
-    (12, SMALL),
-    (3, dict(stem=6, widths=(8, 10, 16), depths=(1, 2, 2), group_width=2)),
-    (2, dict(stem=3, widths=(6, 10), depths=(2, 1), group_width=1)),        # 3 more channels: 1 in front, 2 behind
-    (2, dict(stem=8, widths=(8, 16), depths=(1, 2), group_width=8, kernel_size=7)),
-], ids=["1-lead", "12-lead", "growing", "odd-growth", "odd-kernel"])
+@pytest.mark.parametrize(
+    "leads, size",
+    [
+        (1, SMALL),
+        (12, SMALL),
+        (3, dict(stem=6, widths=(8, 10, 16), depths=(1, 2, 2), group_width=2)),
+        # 3 more channels: 1 in front, 2 behind
+        (2, dict(stem=3, widths=(6, 10), depths=(2, 1), group_width=1)),
+        (2, dict(stem=8, widths=(8, 16), depths=(1, 2), group_width=8, kernel_size=7)),
+    ],
+    ids=["1-lead", "12-lead", "growing", "odd-growth", "odd-kernel"],
+)
 def test_equals_the_numpy_forward_pass(leads, size, length):
     encoder = ruled_encoder(leads, **size)
     x = torch.from_numpy(seeded(length, (2, leads, length))).double()
@@ -169,7 +196,7 @@ def test_equals_the_numpy_forward_pass(leads, size, length):
 
 
 def test_pooling_pads_zero_beside_negative_values():
-    """A negative constant out of the stem and a silent block: the padded 0 wins at an odd end, and nowhere else."""
+    """A negative constant out of the stem, a silent block: the padded 0 wins at an odd end only."""
     encoder = ResNet1D(1, stem=2, widths=(2,), depths=(1,), group_width=1).double()
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -177,19 +204,23 @@ def test_pooling_pads_zero_beside_negative_values():
         encoder.first_conv.conv.bias.fill_(-0.4)
         odd, even = encoder(torch.zeros(2, 1, 18).double()), encoder(torch.zeros(2, 1, 20).double())
     value = swish(np.float64(-0.4))
-    np.testing.assert_allclose(odd, np.full((2, 2), value * 4 / 5), rtol=1e-12)   # 9 samples: 4 pairs and a single
+    np.testing.assert_allclose(
+        odd, np.full((2, 2), value * 4 / 5), rtol=1e-12
+    )  # 9 samples: 4 pairs and a single
     np.testing.assert_allclose(even, np.full((2, 2), value), rtol=1e-12)
 
 
-@pytest.mark.parametrize("published, case", [(int(case.split("/")[0]), case) for case in CASES], indirect=["published"])
+@pytest.mark.parametrize("case", CASES)
 def test_features_and_logits_are_those_of_the_published_code(published, case):
-    """The file holds 12 features, the norm and 6 logits of two records, made by the rule of ruled_weights and seeded."""
-    leads, state, encoder = published
-    seed, length = map(int, case.split("/")[1:])
+    """12 features, norm and 6 logits of two records, by the rule of ruled_weights and seeded."""
+    leads, seed, length = map(int, case.split("/"))
+    state, encoder = published[leads]
     with torch.no_grad():
         features = encoder(torch.from_numpy(seeded(seed + length, (2, leads, length))))
         logits = features @ state["dense.weight"].T + state["dense.bias"]
-    for name, value in dict(features=features[:, :12], norm=features.norm(dim=1), logits=logits[:, :6]).items():
+    for name, value in dict(
+        features=features[:, :12], norm=features.norm(dim=1), logits=logits[:, :6]
+    ).items():
         expected = np.array(GOLDEN[case][name])
         assert np.abs(value.numpy() - expected).max() < 1e-4 * np.abs(expected).max(), name
 
@@ -198,8 +229,12 @@ def test_the_numpy_forward_pass_is_the_published_one():
     """The witness of the small configurations is itself checked on the large one."""
     x = seeded(733, (2, 12, 733))
     features = numpy_forward(x, ruled_weights(GOLDEN["shapes12"]), PUBLISHED_DEPTHS)
-    np.testing.assert_allclose(features[:, :12], GOLDEN["12/0/733"]["features"], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(np.linalg.norm(features, axis=1), GOLDEN["12/0/733"]["norm"], rtol=1e-5)
+    np.testing.assert_allclose(
+        features[:, :12], GOLDEN["12/0/733"]["features"], rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        np.linalg.norm(features, axis=1), GOLDEN["12/0/733"]["norm"], rtol=1e-5
+    )
 
 
 def test_rows_do_not_see_each_other():
@@ -216,11 +251,16 @@ def test_train_and_eval_mode_are_the_same_function():
 def test_every_parameter_is_trainable_and_gets_a_gradient():
     encoder = ruled_encoder(3, **SMALL)
     encoder(torch.from_numpy(seeded(3, (2, 3, 77))).double()).square().sum().backward()
-    idle = [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    idle = [
+        name
+        for name, p in encoder.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert idle == []
 
 
-# ---- size and shapes -------------------------------------------------------------------------------------------------
+# ---- size and shapes -----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("leads, count", [(1, 30_587_632), (12, 30_598_896)])
 def test_default_size_is_ecgfounders_without_head_and_norm(leads, count):
@@ -236,20 +276,24 @@ def test_twelve_leads_are_the_default():
     assert ResNet1D(**SMALL).leads == 12
 
 
-@pytest.mark.parametrize("shape, named", [
-    ((2, 12, 100), "12"),    # twelve leads for a three-lead encoder
-    ((2, 1, 100), "1"),
-    ((2, 3, 15), "15"),      # too short
-    ((2, 3, 0), "0"),
-    ((3, 100), "3, 100"),    # no batch axis
-    ((1, 2, 3, 100), "1, 2, 3, 100"),
-])
+@pytest.mark.parametrize(
+    "shape, named",
+    [
+        ((2, 12, 100), "12"),  # twelve leads for a three-lead encoder
+        ((2, 1, 100), "1"),
+        ((2, 3, 15), "15"),  # too short
+        ((2, 3, 0), "0"),
+        ((3, 100), "3, 100"),  # no batch axis
+        ((1, 2, 3, 100), "1, 2, 3, 100"),
+    ],
+)
 def test_input_of_another_shape_is_refused_by_name(shape, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(UsageError, match=named):
         ResNet1D(3, **SMALL)(torch.zeros(shape))
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
+
 
 def test_the_made_file_is_as_numpy_1_wrote_it(tmp_path):
     path = save_as_published({}, tmp_path / "tiny.pth")
@@ -258,8 +302,9 @@ def test_the_made_file_is_as_numpy_1_wrote_it(tmp_path):
     assert b"cnumpy.core.multiarray\nscalar\n" in content and b"numpy._core" not in content
 
 
-def test_published_file_loads_every_weight_and_is_in_eval_mode(published):
-    leads, state, encoder = published
+@pytest.mark.parametrize("leads", [1, 12])
+def test_published_file_loads_every_weight_and_is_in_eval_mode(published, leads):
+    state, encoder = published[leads]
     assert len(state) == 509 and (encoder.leads, encoder.embedding_dim) == (leads, 1024)
     assert not any(module.training for module in encoder.modules())
     loaded = encoder.state_dict()
@@ -276,11 +321,16 @@ def test_file_with_a_scalar_of_numpy_2_loads(tmp_path):
 def test_plain_state_dict_loads(tmp_path, keys):
     state = {key: torch.full((), 0.5).expand(GOLDEN["shapes1"][key]) for key in keys}
     torch.save(state, tmp_path / "plain.pth")
-    assert all((weight == 0.5).all() for weight in load_ecgfounder(tmp_path / "plain.pth", 1).state_dict().values())
+    assert all(
+        (weight == 0.5).all()
+        for weight in load_ecgfounder(tmp_path / "plain.pth", 1).state_dict().values()
+    )
 
 
 def test_every_missing_key_is_named(tmp_path):
-    message = load_error(tmp_path, {key: w for key, w in hollow().items() if key not in (CONV, GATE)})
+    message = load_error(
+        tmp_path, {key: w for key, w in hollow().items() if key not in (CONV, GATE)}
+    )
     assert CONV in message and GATE in message
 
 
@@ -291,21 +341,26 @@ def test_misspelt_key_is_named_in_both_spellings(tmp_path):
     assert wrong in message and GATE in message
 
 
-@pytest.mark.parametrize("extra", [
-    "surplus.weight",
-    "stage_list.0.block_list.0.bn4.weight",      # only bn1, bn2 and bn3 are known
-    "stage_list.0.block_list.0.conv4.conv.weight",
-    "first_bn2.weight",
-    "dense2.weight",
-    "module.dense.weight",
-])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "surplus.weight",
+        "stage_list.0.block_list.0.bn4.weight",  # only bn1, bn2 and bn3 are known
+        "stage_list.0.block_list.0.conv4.conv.weight",
+        "first_bn2.weight",
+        "dense2.weight",
+        "module.dense.weight",
+    ],
+)
 def test_extra_key_is_named(tmp_path, extra):
     """Exactly first_bn, bn1-bn3 and dense are ignored: what merely resembles them is not."""
     assert extra in load_error(tmp_path, hollow() | {extra: torch.zeros(3)})
 
 
 def test_every_wrongly_shaped_key_is_named(tmp_path):
-    message = load_error(tmp_path, hollow() | {CONV: torch.zeros(400, 16, 15), GATE: torch.zeros(1023)})
+    message = load_error(
+        tmp_path, hollow() | {CONV: torch.zeros(400, 16, 15), GATE: torch.zeros(1023)}
+    )
     assert CONV in message and GATE in message
 
 
@@ -315,7 +370,9 @@ def test_no_wrong_key_is_left_out_of_the_message(tmp_path):
     for key in misspelt:
         state["my." + key] = state.pop(key)
     message = load_error(tmp_path, state)
-    assert [key for key in misspelt if message.count(key) < 2] == []  # once as missing, once as extra
+    assert [
+        key for key in misspelt if message.count(key) < 2
+    ] == []  # once as missing, once as extra
 
 
 @pytest.mark.parametrize("stored, asked", [(1, 12), (12, 1)])
@@ -338,6 +395,106 @@ class Intruder:
 def test_code_in_a_file_is_not_run(tmp_path):
     victim = tmp_path / "victim"
     torch.save({"state_dict": hollow(), "val_auroc": Intruder(victim)}, tmp_path / "evil.pth")
-    with pytest.raises((ValueError, pickle.UnpicklingError)):
+    with pytest.raises(UsageError, match="evil.pth: not a readable checkpoint") as error:
         load_ecgfounder(tmp_path / "evil.pth", 1)
     assert not victim.exists()
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_saved_out_of_ddp_or_compile_load(tmp_path, prefix):
+    state = {prefix + key: torch.full((), 0.5).expand(w.shape) for key, w in hollow().items()}
+    torch.save(state, tmp_path / "wrapped.pth")
+    for encoder in (
+        load_ecgfounder(tmp_path / "wrapped.pth", 1),
+        load_encoder(tmp_path / "wrapped.pth"),
+    ):
+        assert all((weight == 0.5).all() for weight in encoder.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ({"state_dict": torch.zeros(3)}, "state_dict is a Tensor"),
+        (torch.zeros(3), "holds a Tensor"),
+        ([1, 2], "holds a list"),
+        ({"weights": 1}, "no encoder of selfmis in it, and no ECGFounder file"),
+        ({1: torch.zeros(3)}, "no encoder of selfmis in it, and no ECGFounder file"),
+        # LEAD: a foreign file with a key of this name ends in a TypeError or KeyError
+        ({"architecture": "net1d", "state_dict": {}}, "foreign.pth"),
+        ({"architecture": {"leads": 1}, "state_dict": {}}, "foreign.pth"),
+    ],
+    ids=[
+        "tensor in state_dict",
+        "tensor",
+        "list",
+        "other keys",
+        "numbers as keys",
+        "named",
+        "bare",
+    ],
+)
+def test_foreign_files_get_a_sentence(tmp_path, content, named):
+    torch.save(content, tmp_path / "foreign.pth")
+    with pytest.raises(UsageError, match=named):
+        load_encoder(tmp_path / "foreign.pth")
+
+
+@pytest.mark.parametrize("text", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
+def test_files_that_are_no_checkpoints_get_a_sentence(tmp_path, text):
+    (tmp_path / "odd.pth").write_bytes(text)
+    with pytest.raises(UsageError, match="odd.pth: not a readable checkpoint") as error:
+        load_encoder(tmp_path / "odd.pth")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="nowhere.pth: there is no such file"):
+        load_encoder(tmp_path / "nowhere.pth")
+
+
+# ---- library calls with wrong types --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x, named",
+    [
+        (torch.zeros(2, 3, 100, dtype=torch.float64), "float64"),
+        (torch.zeros(2, 3, 100, dtype=torch.int64), "int64"),
+        (torch.zeros(2, 3, 100, dtype=torch.float16), "float16"),
+        (np.zeros((2, 3, 100), np.float32), "numpy|ndarray|tensor"),  # LEAD: says float32 twice
+    ],
+    ids=["float64", "int64", "float16", "array"],
+)
+def test_input_of_another_type_is_refused_by_name(x, named):
+    with pytest.raises(UsageError, match=named):
+        ResNet1D(3, **SMALL)(x)
+
+
+@pytest.mark.parametrize("lead", [0, 1.0, None, "V7", ""])
+def test_self_cut_refuses_what_is_no_lead(lead):
+    with pytest.raises(UsageError, match=f"lead {lead!r}: expected one of I, II"):
+        self_cut(np.zeros((12, 100)), lead)
+
+
+@pytest.mark.parametrize(
+    "records, named",
+    [
+        ([np.zeros((12, 1000))], "a list of ndarray: give paths, or one array"),
+        ([torch.zeros(12, 1000)], "a list of Tensor: give paths, or one array"),
+        ([0, 1], "a list of int"),
+        ("records100", "str"),  # LEAD: each letter is taken for a path
+    ],
+    ids=["arrays", "tensors", "numbers", "a text"],
+)
+def test_data_set_refuses_what_are_no_records(records, named):
+    with pytest.raises(UsageError, match=named):
+        SelfCuttingDataset(records, leads=LEADS)
+
+
+def test_embed_takes_arrays_or_says_that_it_does_not():
+    # LEAD: AttributeError: 'numpy.ndarray' object has no attribute 'to'
+    encoder = ResNet1D(3, **SMALL)
+    x = np.zeros((2, 3, 100), np.float32)
+    try:
+        found = embed(encoder, x, torch.device("cpu"))
+    except UsageError:
+        return
+    assert torch.equal(found, embed(encoder, torch.from_numpy(x), torch.device("cpu")))

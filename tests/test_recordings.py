@@ -9,7 +9,6 @@ import struct
 
 import numpy as np
 import pytest
-import wfdb
 from conftest import MIMIC_ORDER, made_up, write_record
 from probes import NINE, rows_of
 
@@ -547,6 +546,32 @@ def test_what_spreadsheets_and_locales_do_to_numbers(tmp_path, lead_one):
         assert warnings == []
 
 
+def test_what_else_stands_between_numbers(tmp_path, lead_one):
+    """Exponents, points without decimals, empty lines, gaps at the start, other line ends."""
+    x, path = np.round(lead_one, 4), tmp_path / "x.csv"
+    seconds = np.arange(3000) / 500
+    rows = [f"{t:.3f},{v:.4f}" for t, v in zip(seconds, x, strict=True)]
+    exponents = [f"{t:.6e},{v:.6E}" for t, v in zip(seconds, x, strict=True)]
+    column = [f"{v:.4f}" for v in x]
+    for lines, end in (
+        (["time,I", *exponents], "\n"),
+        (["time,I", "s,mV", "", *rows], "\n"),
+        (["500 Hz", "I", "nan", "", *column], "\n"),
+        (["time, I", *(row.replace(",", ", ") for row in rows)], "\r\n"),
+        (["500 Hz", "I", *column], "\r"),
+        (["Leads: I", "Rate: 500 Hz", *column], "\n"),
+    ):
+        path.write_bytes(end.join(lines).encode())
+        ecg, rate, warnings = read_recording(path, ("I",))
+        np.testing.assert_allclose(ecg[0], x, atol=1e-9)
+        assert rate == pytest.approx(500) and warnings == []
+    path.write_text("\n".join(["500 Hz", "I", *(f"{1000 * v:.0f}." for v in x)]))
+    np.testing.assert_allclose(read_recording(path, ("I",))[0][0], 1000 * x, atol=0.51)
+    # Every second line is empty: that is no missing sample, the rate would be wrong.
+    path.write_text("\n\n".join(["500 Hz", "I", *column]))
+    assert "line 6, column I: '' is not a number" in refusal(path)
+
+
 @pytest.mark.parametrize("word", ["", "NaN", "Ende"])
 def test_decimal_commas_survive_a_word(tmp_path, lead_one, word):
     uv = np.round(1e3 * lead_one, 3)
@@ -635,8 +660,10 @@ def test_a_record_by_its_name_its_header_or_its_data(tmp_path, source):
     ecg = read_recording(tmp_path / "r", ("I",), column="V2")[0]
     np.testing.assert_allclose(ecg[0], source[0, 7], atol=1e-3)
     (tmp_path / "x.edf").write_bytes(b"0       ")
-    for name in ("x.edf", "nobody", "nobody.mat", "nobody.csv", "nobody.npy"):
-        assert refusal(tmp_path / name)
+    assert refusal(tmp_path / "x.edf").startswith("FILE: neither a WFDB record nor .csv")
+    for name in ("nobody", "nobody.mat", "nobody.csv", "nobody.npy"):
+        with pytest.raises(UsageError, match="nobody"):
+            read_recording(tmp_path / name, ("I",))
 
 
 def test_a_name_with_a_point_is_no_ending(tmp_path, source):
@@ -767,10 +794,10 @@ def test_case_all_samples_in_one_line(tmp_path):
     values = [f"{v:.3f}" for v in beat_train(300, 4)]
     row = f'2022-01-01T10:00:00+01:00,1,300,4,1,"[{",".join(values)}]",,,'
     path = write_lines(tmp_path / "a.csv", "date,type,frequency,duration,position,signal", row, row)
-    assert "line 2 holds 1,20" in refusal(path) and "one sample a line" in refusal(path)
+    assert "line 2 holds 1,20" in refusal(path) and "one sample a line is exp" in refusal(path)
     voltage = "Voltage Measurements," + ",".join(values)
     path = write_lines(tmp_path / "b.csv", "Start,2025", "Sampling Frequency (Hz),300", voltage)
-    assert "line 3 holds 1,200 numbers: one sample a line" in refusal(path)
+    assert "line 3 holds 1,200 numbers" in refusal(path)
 
 
 def test_case_single_missing_samples(tmp_path):
@@ -950,8 +977,3 @@ def test_swapped_arms_are_noticed_on_real_records_and_false_alarms_are_rare(rate
     assert noticed >= (0.95 if kind == "NORM" else 0.85) * read
     assert counts["points down"] <= max(1, (0.02 if kind == "NORM" else 0.15) * read)
     assert all(counts[word] <= max(1, 0.015 * read) for word in words[1:])
-
-
-def test_the_names_of_wfdb_are_as_used_here():
-    """What check_header relies on."""
-    assert callable(wfdb.Record.calc_checksum)

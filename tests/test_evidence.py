@@ -1,0 +1,130 @@
+"""The commands, tables and picture of extras/evidence.py, and the GPU part of extras/speed.py."""
+
+import functools
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import HERE
+
+import selfmis
+import train_pretrain
+import train_probe
+from extras import evidence, speed
+
+CONFIGS = {
+    "train_pretrain.py": train_pretrain.PretrainConfig,
+    "train_probe.py": train_probe.ProbeConfig,
+}
+RUNS = evidence.all_runs(["--data", "ptb-xl"], Path("runs"))
+RESULTS = (HERE / "extras/RESULTS.md").read_text()
+
+
+def test_every_command_has_flags_that_exist_and_needs_earlier_runs_only():
+    made = set()
+    for run, (script, *flags) in RUNS.items():
+        config = selfmis.parse_flags(CONFIGS[script], "", flags)
+        needed = [Path(flag).parent.name for flag in flags if flag.endswith("best.pt")]
+        assert set(needed) <= made, run
+        assert config.out == f"runs/{run}" and config.data[0] == "ptb-xl"
+        if script == "train_pretrain.py" or config.finetune:
+            made.add(run)  # these leave a best.pt
+
+
+def test_every_row_is_made_by_a_run():
+    rows = [list(evidence.IDEAS.values()), evidence.SCRATCH, evidence.FULL_SCRATCH]
+    for table in ("MAIN", "FULL_SIZE", "SAME_STEPS", "FEW_LABELS"):
+        rows += getattr(evidence, table).values()
+    assert {run for row in rows for run in row} <= set(RUNS)
+
+
+@pytest.fixture
+def finished(tmp_path, ptbxl, tiny, monkeypatch):
+    """A folder in which some of the runs are finished, with tiny encoders and few draws."""
+    few = functools.partial(selfmis.bootstrap_auc, draws=20)
+    monkeypatch.setattr(selfmis, "bootstrap_auc", few)
+    shared = dict(data=[str(ptbxl)], batch_size=16, epochs=1, workers=0, val_fold=8, test_fold=9)
+    shared |= dict(cache=str(tmp_path / "cache"))
+
+    def probe(run, **settings):
+        train_probe.main(train_probe.ProbeConfig(**shared, out=str(tmp_path / run), **settings))
+
+    align = dict(single=tiny[1], multi=tiny[12], loss="softmax", out=str(tmp_path / "softmax-0"))
+    train_pretrain.main(train_pretrain.PretrainConfig(**shared, **align))
+    probe("softmax-0-probe", encoder=str(tmp_path / "softmax-0/best.pt"))
+    probe("scratch-0", encoder=tiny[1], finetune=True)
+    probe("scratch-0-frozen", encoder=str(tmp_path / "scratch-0/best.pt"))
+    shutil.copytree(tmp_path / "softmax-0-probe", tmp_path / "softmax-1-probe")
+    return tmp_path
+
+
+def test_the_tables_show_what_is_there(finished, ptbxl, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "BEATS", 40)
+    folds = ["--val-fold", "8", "--test-fold", "9"]
+    capsys.readouterr()
+    evidence.main([str(ptbxl), *folds, "--out", str(finished), "--tables"])
+    text = capsys.readouterr().out
+    table = evidence.main_table(text)
+    frozen, aligned = "supervised on lead I from scratch", "aligned, `--loss softmax`"
+    not_frozen = "*not frozen:* lead I from scratch", "finetune"
+    both = [(row, head) for row in (frozen, aligned) for head in ("adam", "logistic")]
+    assert list(table) == [*both, not_frozen]
+    results = json.loads((finished / "softmax-0-probe/results.json").read_text())
+    for head in ("adam", "logistic"):
+        line, summary = table[aligned, head], results["heads"][head]
+        assert line["seeds"] == "2" and line["six"].endswith(" ± 0.000")
+        assert line["six"].startswith(train_probe.format_cell(summary["six"], "mean", "{:.3f}"))
+        assert line["nine"] == f"{summary['nine']['mean']:.3f}"  # too few positives
+        base = float(table[frozen, head]["six"][:5])
+        assert float(line["six minus scratch"][:6]) == pytest.approx(
+            summary["six"]["mean"] - base, abs=2e-3
+        )
+        assert table[frozen, head]["six minus scratch"] == ""
+        assert line["R@1"].endswith(" %") and line["minutes"] == "0"
+    for title in RESULTS.split("\n## ")[2:7]:
+        title = title.splitlines()[0]
+        assert f"\n## {title}\n" in text or title == "Shares of the labels"
+    assert text.count("logistic regression on the median beat") == 2
+
+
+def test_what_is_finished_is_not_started_again(tmp_path, monkeypatch):
+    started = []
+
+    def start(command):
+        started.append(Path(command[command.index("--out") + 1]).name)
+        return subprocess.CompletedProcess(command, 1)
+
+    (tmp_path / "scratch-0").mkdir()
+    (tmp_path / "scratch-0/results.json").touch()
+    monkeypatch.setattr(subprocess, "run", start)
+    with pytest.raises(SystemExit, match="scratch-1: the run failed"):
+        evidence.run_missing(dict.fromkeys(["scratch-0", "scratch-1"], RUNS["scratch-1"]), tmp_path)
+    assert started == ["scratch-1"]
+
+
+def test_picture_and_readme_table_are_drawn_from_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "HERE", tmp_path)
+    (tmp_path / "RESULTS.md").write_text(RESULTS)
+    evidence.main(["picture"])
+    drawn = (tmp_path / "results.png").read_bytes()
+    assert len(drawn) > 10_000
+    assert capsys.readouterr().out.strip() in (HERE / "README.md").read_text()
+    (tmp_path / "RESULTS.md").write_text(RESULTS.replace("0.792 (0.763", "0.812 (0.763"))
+    evidence.main(["picture"])
+    assert (tmp_path / "results.png").read_bytes() != drawn
+
+
+def test_the_gpu_part_runs_in_miniature(capsys):
+    speed.main(["gpu", "--device", "cpu", "--mini"])
+    text = capsys.readouterr().out
+    assert text.count("ms a step") == 3
+    with pytest.raises(SystemExit):
+        speed.main(["nonsense"])
+    assert "no part nonsense" in capsys.readouterr().err
+
+
+def test_cost_counts_what_the_paper_counts():
+    macs = [speed.count_macs(selfmis.ResNet1D(leads), 500) for leads in (1, 12)]
+    assert sum(macs) / 1e9 == pytest.approx(2.309, abs=5e-4)
