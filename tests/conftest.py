@@ -1,7 +1,9 @@
 """What several tests share: tiny collections of made-up ECG as users have them, tiny encoders."""
 
 import csv
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +125,31 @@ def run(script, *arguments, cwd, processes=0, restarts=0, timeout=150, env=None)
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env
     )
+
+
+def run_forked(processes, main, config):
+    """main(config) in as many processes, as torchrun starts them, without its imports.
+
+    Returns their exit codes.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def run_rank(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost"}
+        os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_PORT": str(port)}
+        main(config)
+        # Not through Python's end, where a thread of gloo may still live and abort the process.
+        os._exit(0)
+
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=run_rank, args=(rank,)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(100)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in started]

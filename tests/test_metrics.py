@@ -262,6 +262,27 @@ def test_bootstrap_redraws_until_every_class_has_both_labels(rare):
     assert draws.shape == (300, 2) and np.isfinite(draws).all()
 
 
+def test_bootstrap_gives_up_where_no_draw_can_have_every_class():
+    """Thirty classes of one positive: a draw in a million has all.  It ends, and says NaN."""
+    y, score = labelled(60, K=31)
+    y[:, :30] = np.eye(60)[:, :30]
+    draws = bootstrap_auc(y, score, draws=200)
+    assert draws.shape == (200, 31) and np.isfinite(draws[:, 30]).all()
+    is_missing = np.isnan(draws[:, :30])
+    assert 0.3 < is_missing.mean() < 0.44  # (1 - 1 / 60) ** 60 = 0.365 of plain draws
+    assert all(math.isnan(bound) for bound in interval(draws[:, 0]))
+    low, high = interval(draws[:, 30])
+    assert low < counted_auc(y[:, 30], score[:, 30]) < high
+
+
+def test_bootstrap_tells_large_patient_numbers_apart():
+    """Those of MIMIC-IV-ECG and of a second collection do not fit into float32."""
+    y, score = labelled(40, K=1)
+    patients = 10**12 + torch.arange(40)
+    expected = bootstrap_auc(y, score, np.arange(40), draws=20)
+    np.testing.assert_array_equal(bootstrap_auc(y, score, patients, draws=20), expected)
+
+
 def test_bootstrap_of_one_positive_and_one_negative_is_the_point_value():
     assert (bootstrap_auc([[1], [0]], [[0.2], [0.7]], draws=50) == 0).all()
 

@@ -420,7 +420,7 @@ def test_weights_saved_out_of_ddp_or_compile_load(tmp_path, prefix):
         ([1, 2], "holds a list"),
         ({"weights": 1}, "no encoder of selfmis in it, and no ECGFounder file"),
         ({1: torch.zeros(3)}, "no encoder of selfmis in it, and no ECGFounder file"),
-        # LEAD: a foreign file with a key of this name ends in a TypeError or KeyError
+        # Keys that ours have too, with other things in them.
         ({"architecture": "net1d", "state_dict": {}}, "foreign.pth"),
         ({"architecture": {"leads": 1}, "state_dict": {}}, "foreign.pth"),
     ],
@@ -477,10 +477,10 @@ def test_self_cut_refuses_what_is_no_lead(lead):
 @pytest.mark.parametrize(
     "records, named",
     [
-        ([np.zeros((12, 1000))], "a list of ndarray: give paths, or one array"),
-        ([torch.zeros(12, 1000)], "a list of Tensor: give paths, or one array"),
-        ([0, 1], "a list of int"),
-        ("records100", "str"),  # LEAD: each letter is taken for a path
+        ([np.zeros((12, 1000))], "records of type ndarray: give a list of paths"),
+        ([torch.zeros(12, 1000)], "records of type Tensor: give a list of paths"),
+        ([0, 1], "records of type int: give a list of paths"),
+        ("records100", "records of type str: give a list of paths"),
     ],
     ids=["arrays", "tensors", "numbers", "a text"],
 )

@@ -282,7 +282,6 @@ def test_synthetic_records_beside_real_ones_are_refused(copies):
 @pytest.mark.parametrize("missing", ["results.json", "probe.pt", "predictions.npz"])
 @pytest.mark.parametrize("damage", ["removed", "torn", "empty", "foreign"])
 def test_unfinished_runs_are_refused(copies, missing, damage):
-    # LEAD: a torn predictions.npz ends in a BadZipFile, see read_predictions
     path = copies[1] / missing
     content = path.read_bytes()
     path.unlink()

@@ -183,7 +183,7 @@ def test_resuming_a_finished_run_says_so_and_an_empty_folder_starts(
 def test_resuming_with_other_settings_is_refused_and_named(whole, ptbxl, tiny):
     with pytest.raises(UsageError, match="was started with --lr 0.01"):
         pretrain(settings(whole, ptbxl, tiny, resume=True, lr=0.02))
-    with pytest.raises(UsageError, match="was started with --batch-size 16"):
+    with pytest.raises(UsageError, match="was started with 1 processes x 16"):
         pretrain(settings(whole, ptbxl, tiny, resume=True, batch_size=8))
 
 
@@ -195,7 +195,7 @@ def test_resuming_with_other_records_is_refused(tmp_path, ptbxl, tiny, monkeypat
         pretrain(settings(tmp_path, root, tiny, cache="none"))
     monkeypatch.undo()
     os.remove(root / "records100/00000/00000_lr.dat")
-    with pytest.raises(UsageError, match="63 training records can be read, but 64 when"):
+    with pytest.raises(UsageError, match="other training records can be read"):
         pretrain(settings(tmp_path, root, tiny, cache="none", resume=True))
 
 
@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_state(
 # LEAD: on a CPU losses.cpu() is no copy, so that every process names its records.
 @pytest.mark.parametrize(
     "mine, message",
-    [(1.0, r"step 1; last.pt"), (float("inf"), r"step 1 \(records record 7 ...\); last.pt")],
+    [(1.0, r"step 1; what"), (float("inf"), r"step 1 \(records record 7 ...\); what")],
 )
 def test_the_records_of_a_loss_that_is_not_finite_are_named_by_their_own_process_only(
     monkeypatch, mine, message
@@ -301,19 +301,36 @@ def flags(ptbxl, tiny, *more):
     return f"{text} --lr 0.01 --loss learnable --workers 0 --out out".split() + list(more)
 
 
-# LEAD: this one hangs or ends in "connectFullMesh failed" one time in two, and the next one too:
-# torchrun's store still holds the addresses of the processes that died.
-@pytest.mark.parametrize("more", [(), ("--overwrite", "--batch-size", "3200")])
-def test_a_restart_by_torchrun_does_not_let_in_what_was_refused(tmp_path, whole, ptbxl, tiny, more):
+def test_a_restart_by_torchrun_does_not_let_in_what_was_refused(tmp_path, whole, ptbxl, tiny):
+    """Every process says the sentence, and ends."""
     shutil.copytree(whole / "out", tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    arguments = flags(ptbxl, tiny, *more)
+    arguments = flags(ptbxl, tiny)
     done = run("train_pretrain.py", *arguments, cwd=tmp_path, processes=2, restarts=1)
     assert done.returncode == 1
-    assert "holds a run; give another" in done.stderr or "do not fill a batch" in done.stderr
+    assert done.stderr.count("error: --out out: holds a run; give another, or --resume") >= 2
     assert "finished already" not in done.stdout and "going on" not in done.stdout
+    assert f'last):\n  File "{HERE}' not in done.stderr
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert before == after
+
+
+@pytest.mark.parametrize("more", [dict(), dict(overwrite=True, batch_size=3200)])
+def test_a_restart_goes_on_with_nothing_but_what_its_own_torchrun_began(
+    tmp_path, whole, ptbxl, tiny, monkeypatch, more
+):
+    shutil.copytree(whole / "out", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(selfmis, "launcher", lambda: "another torchrun")
+    with pytest.raises(UsageError, match="holds a run|do not fill a batch"):
+        pretrain(settings(tmp_path, ptbxl, tiny, **more))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    entry = pretrain(settings(tmp_path, ptbxl, tiny, overwrite=True))  # means --resume
+    assert entry["epoch"] == 3 and is_the_same_run(tmp_path, whole)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 DRIVER = f"""
@@ -333,6 +350,8 @@ selfmis.run_script(train_pretrain.main, train_pretrain.PretrainConfig, "")
 """
 
 
+# LEAD: it hangs or ends in "connectFullMesh failed" half the time, and so may the test before,
+# since torchrun's store still holds the addresses of the processes that died.
 def test_torchrun_restarts_a_worker_that_died_and_the_run_recovers(tmp_path, whole, ptbxl, tiny):
     """It replaces another run, kills itself in its second epoch and is started again.
 
@@ -347,7 +366,7 @@ def test_torchrun_restarts_a_worker_that_died_and_the_run_recovers(tmp_path, who
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("going on at epoch 2, step 1") == 1

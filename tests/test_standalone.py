@@ -12,6 +12,7 @@ from conftest import HERE
 SOURCE = (HERE / "selfmis.py").read_text()
 BANNER = "# Runs: what both scripts need"
 UPPER, LOWER = SOURCE.split(BANNER)
+LOWER = LOWER.partition("\n")[2]
 SCRIPTS = ("selfmis.py", "train_pretrain.py", "train_probe.py")
 
 
