@@ -217,6 +217,8 @@ class ResNet1D(nn.Module):
             self.stage_list.append(nn.ModuleDict({"block_list": blocks}))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, torch.Tensor):
+            raise UsageError(f"an input of type {type(x).__name__}: give a torch tensor")
         dtype = self.first_conv.conv.weight.dtype
         if x.ndim != 3 or x.shape[1] != self.leads or x.shape[2] < 16 or x.dtype != dtype:
             expected = f"(records, {self.leads} leads, at least 16 samples) of {dtype}"
@@ -847,8 +849,9 @@ def pair_logits(
 
     In float32 at least, since half precision costs 3e-3 of the loss, with autocast off.
     """
-    if not (isinstance(single, torch.Tensor) and isinstance(multi, torch.Tensor)):
-        raise UsageError(f"embeddings of type {type(single).__name__}: give torch tensors")
+    for embeddings in (single, multi):
+        if not isinstance(embeddings, torch.Tensor):
+            raise UsageError(f"embeddings of type {type(embeddings).__name__}: give torch tensors")
     B, N = len(single), len(multi)
     same_width = single.ndim == multi.ndim == 2 and single.shape[1] == multi.shape[1]
     if not same_width or B == 0 or not 0 <= offset <= N - B:
@@ -1120,6 +1123,7 @@ def embed(encoder: ResNet1D, signals: torch.Tensor, device: torch.device) -> tor
     Computed in float32, in chunks that are padded to one size, because the last bit of a
     convolution may depend on how many records it sees.
     """
+    signals = torch.as_tensor(signals)
     chunk = 128 if device.type == "cuda" else 32
     embeddings = [torch.empty(0, encoder.embedding_dim)]
     for i in range(0, len(signals), chunk):

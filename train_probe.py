@@ -120,15 +120,13 @@ def main(config: ProbeConfig) -> dict:
     encoder, spec = open_input(config, ranks)
     records = labelled_records(config, spec)
     every_row = np.arange(len(records))
-    split = split_by_fold(records, every_row, config)  # as the lists say
+    split = split_by_fold(records, every_row, config, ranks)  # as the lists say
     for other in config.compare:
         check_comparable(other, records[split["test"]])
     last = selfmis.read_last(config, out, ranks)
 
     pairs = selfmis.read_pairs(config, records, every_row, spec, ranks)
-    split = split_by_fold(records, pairs.usable, config)  # of what can be read
-    if config.finetune:
-        split["train"] = share_of(split["train"], config.fractions[0], config.seed)
+    split = split_by_fold(records, pairs.usable, config, ranks)  # of what can be read
     extractor = FeatureExtractor(encoder.to(ranks.device), pairs, spec, ranks)
     warnings = test_set_warnings(encoder, records[split["test"]])
     if last is None:
@@ -194,8 +192,13 @@ def labelled_records(config: ProbeConfig, spec: InputSpec) -> Records:
     return records
 
 
-def split_by_fold(records: Records, rows: np.ndarray, config: ProbeConfig) -> dict[str, np.ndarray]:
-    """Of these rows, those that train, choose and test; no patient in two of the three."""
+def split_by_fold(
+    records: Records, rows: np.ndarray, config: ProbeConfig, ranks: Ranks
+) -> dict[str, np.ndarray]:
+    """Of these rows, those that train, choose and test; no patient in two of the three.
+
+    UsageError where a part is missing or fills no batch.
+    """
     folds = records.folds[rows]
     is_val, is_test = folds == config.val_fold, folds == config.test_fold
     split = {"train": rows[~is_val & ~is_test], "val": rows[is_val], "test": rows[is_test]}
@@ -212,6 +215,9 @@ def split_by_fold(records: Records, rows: np.ndarray, config: ProbeConfig) -> di
     val_labels = records.labels[split["val"]]
     if not (val_labels.any(0) & ~val_labels.all(0)).any():
         raise UsageError(f"--val-fold {config.val_fold}: no statement has positives and negatives")
+    if config.finetune:
+        split["train"] = share_of(split["train"], config.fractions[0], config.seed)
+        selfmis.epoch_batches(split["train"], config, 0, ranks)  # refuses what fills no batch
     return split
 
 
@@ -647,10 +653,11 @@ def mean_auc(logits: list, y: np.ndarray, patients: np.ndarray) -> tuple[np.ndar
     return np.mean(auc, 0), np.mean(draws, 0)
 
 
-def interval_entry(draws: np.ndarray, positives: int) -> dict:
-    """Interval of draws (R,) and number of positives; none where these are a handful."""
+def interval_entry(draws: np.ndarray, y: np.ndarray) -> dict:
+    """Interval of draws (R,) and positives of labels (N,); no interval where one class is rare."""
     low, high = selfmis.interval(draws)
-    if positives < MINIMUM_POSITIVES:
+    positives = int(y.sum())
+    if min(positives, len(y) - positives) < MINIMUM_POSITIVES:
         low, high = math.nan, math.nan
     return dict(low=low, high=high, positives=positives)
 
@@ -658,12 +665,13 @@ def interval_entry(draws: np.ndarray, positives: int) -> dict:
 def summarize(auc: np.ndarray, draws: np.ndarray, y: np.ndarray) -> dict:
     """auc (K,), its draws (R, K), labels (N, K) -> types and means, absent classes left out.
 
-    No interval for a type with fewer than ten positives, nor for the nine-mean that rests on it.
+    No interval for a type with fewer than ten positives, nor for a mean over six or nine that
+    rests on it.
     """
     summary = {"types": {}}
     for t in MI_TYPES:
         k = STATEMENTS.index(t)
-        entry = interval_entry(draws[:, k], int(y[:, k].sum()))
+        entry = interval_entry(draws[:, k], y[:, k])
         summary["types"][t] = dict(auc=float(auc[k])) | entry
     for group in GROUPS:
         present = [k for k in columns(group) if np.isfinite(auc[k])]
@@ -671,9 +679,9 @@ def summarize(auc: np.ndarray, draws: np.ndarray, y: np.ndarray) -> dict:
         if present:
             mean = float(auc[present].mean())
             low, high = selfmis.interval(draws[:, present].mean(1))
-        # One rare class in 44 does little to their mean, one in nine a lot.
+        # One rare class in 44 does little to their mean, one in six or nine a lot.
         rarest = min(int(y[:, k].sum()) for k in columns(group))
-        if group == "nine" and rarest < MINIMUM_POSITIVES:
+        if group != "diagnostic" and rarest < MINIMUM_POSITIVES:
             low, high = math.nan, math.nan
         summary[group] = dict(mean=mean, low=low, high=high, classes=len(present))
     return summary
@@ -688,7 +696,7 @@ def any_infarct(logits: list, y: np.ndarray, patients: np.ndarray) -> dict[str, 
         # log(1 + e^logit) = -log(1 - p), so their sum ranks as 1 - prod(1 - p) does.
         scores = [np.logaddexp(0, one[rows][:, NINE]).sum(1, keepdims=True) for one in logits]
         auc, draws = mean_auc(scores, infarct[rows, None], patients[rows])
-        entry = interval_entry(draws[:, 0], int(infarct.sum()))
+        entry = interval_entry(draws[:, 0], infarct[rows])
         negatives = int((~infarct[rows]).sum())
         found[other] = dict(auc=float(auc[0]), negatives=negatives) | entry
     return found
@@ -783,7 +791,8 @@ def write_results(config, out, heads, records, split, results) -> None:
     selfmis.write_atomically(out / "results.md", text.encode())
     selfmis.write_json(out / "results.json", results)
     print(f"\n{title}\n{table}")
-    print(f"probe.pt holds the head '{heads[0].name}', the better one on the validation fold")
+    if len(results["heads"]) > 1:
+        print(f"probe.pt holds the {heads[0].name} head, the better one on the validation fold")
     print(f"{results['minutes']:.1f} min; written to {out}", flush=True)
 
 
@@ -795,7 +804,7 @@ def save_predictions(path: Path, heads, records: Records, split: dict) -> None:
     test, val = records[split["test"]], records[split["val"]]
     arrays = dict(labels=test.labels, fold=test.folds, patient=test.patient_keys())
     arrays["record"] = np.array([test.name(i) for i in range(len(test))])
-    arrays |= dict(validation_labels=val.labels, validation_patient=val.patients)
+    arrays |= dict(validation_labels=val.labels, validation_patient=val.patient_keys())
     arrays["logits"] = heads[0].test_logits
     for name in dict.fromkeys(head.name for head in heads):
         same = [head for head in at_full_labels(heads) if head.name == name]

@@ -356,8 +356,9 @@ def test_an_odd_record_in_a_run_is_skipped_and_counted(tmp_path, ptbxl, tiny, ca
     assert "1 of 72 records cannot be used and are left out" in capsys.readouterr().out
     best = torch.load(tmp_path / "out/best.pt", weights_only=True)
     assert np.isfinite(best["metrics"]["val_loss"])
-    unusable = json.loads((tmp_path / "out/config.json").read_text())["unusable"]
-    assert unusable["count"] == 1 and "00003_lr" in unusable["first"][0]
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["training_records"], config["validation_records"]) == (63, 8)
+    assert config["unusable"]["count"] == 1 and "00003_lr" in config["unusable"]["first"][0]
 
 
 # --------------------------------------------------------------------------------------------------
