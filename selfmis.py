@@ -394,7 +394,7 @@ def read_wfdb(record: str | os.PathLike, leads: str | Sequence[str]) -> tuple[np
     try:
         header = Path(stem + ".hea").read_bytes()
     except OSError as error:
-        raise RecordError(f"{stem}.hea: no header that can be read ({error.strerror})") from error
+        raise RecordError(f"{stem}.hea: there is no such header file to read") from error
     if MICROVOLTS.search(header):
         raise RecordError(f"{stem}.hea: a unit with a micro sign, which wfdb drops; write uV")
     wfdb = import_optional("wfdb", "reading records")
@@ -635,15 +635,15 @@ def find_ptbxl(root: Path, sample_rate_hz: float) -> Records:
     labels = np.zeros((len(table), len(STATEMENTS)), np.uint8)
     for i, text in enumerate(table["scp_codes"]):
         try:
-            codes = ast.literal_eval(text)
-        except (ValueError, SyntaxError) as error:
+            codes = dict(ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError, MemoryError) as error:
             raise UsageError(f"{file}, row {i + 1}: scp_codes is {text!r}, not a dict") from error
         for code in codes:
             if code in index:
                 labels[i, index[code]] = 1
     paths = record_paths(table[path_column], file)
     patients = patient_numbers(table["patient_id"], file)
-    folds = whole_numbers(table["strat_fold"], file)
+    folds = whole_numbers(table["strat_fold"], file, 1, 10)
     return as_records("ptb-xl", root, paths, patients, folds, labels)
 
 
@@ -659,7 +659,8 @@ def read_table(file: Path, columns: list[str]):
     """These columns of a csv file as a pandas table of text, NaN where a cell is empty."""
     pandas = import_optional("pandas", "reading lists of records")
     try:
-        table = pandas.read_csv(file, usecols=columns, dtype=str)
+        # index_col=False: a comma more in the rows than in the header would shift the columns.
+        table = pandas.read_csv(file, usecols=columns, dtype=str, index_col=False)
     except ValueError as error:  # pandas' own kinds among them: no such column, a row too long
         raise UsageError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
     if not len(table):
@@ -667,22 +668,21 @@ def read_table(file: Path, columns: list[str]):
     return table
 
 
-def whole_numbers(column, file: Path) -> np.ndarray:
+def whole_numbers(column, file: Path, low: int, high: int) -> np.ndarray:
     """A column of text as (N,) int64; spreadsheets write 3.0 for 3."""
     pandas = import_optional("pandas", "reading lists of records")
     numbers = pandas.to_numeric(column, errors="coerce").to_numpy(np.float64)
-    wrong = np.flatnonzero(~(numbers % 1 == 0))  # NaN too
-    if len(wrong):
-        i = wrong[0]
-        text = column.iloc[i]
-        raise UsageError(f"{file}, row {i + 1}: {column.name} is {text!r}, not a whole number")
+    is_right = (numbers >= low) & (numbers <= high) & (numbers == np.round(numbers))  # not NaN
+    for i in np.flatnonzero(~is_right):
+        expected = f"not a whole number from {low} to {high}"
+        raise UsageError(f"{file}, row {i + 1}: {column.name} is {column.iloc[i]!r}, {expected}")
     return numbers.astype(np.int64)
 
 
 def patient_numbers(column, file: Path) -> np.ndarray:
     """(N,) int64; an empty cell is a patient of its own, with a negative number."""
     unknown = column.isna().to_numpy()
-    numbers = whole_numbers(column.where(~unknown, "0"), file)
+    numbers = whole_numbers(column.where(~unknown, "0"), file, 0, 10**12)
     numbers[unknown] = -1 - np.flatnonzero(unknown)
     return numbers
 
@@ -1212,6 +1212,7 @@ class Config:
 
 
 def as_flag(name: str) -> str:
+    """A field of the settings as somebody would type it."""
     return "--" + name.replace("_", "-")
 
 
@@ -1270,7 +1271,9 @@ def run_script(main, config_class, description: str) -> None:
         if config.debug:
             raise
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Out of a process that reads it comes as the last line of that process's traceback.
+        sentence = re.sub(r"^selfmis\.\w+: ", "", str(error).strip().splitlines()[-1])
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(2)  # at once: the end of a process group may wait for the others
     except KeyboardInterrupt:
         sys.stdout.flush()
@@ -1359,7 +1362,14 @@ def join_ranks(device: str, seed: int) -> Ranks:
     long_wait_group = None
     if world_size > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # After a restart torchrun's store still has the addresses of the dead processes, so each
+        # attempt gets names of its own.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        timeout = timedelta(minutes=30)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
         long_wait_group = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     torch.manual_seed(seed)
     return Ranks(rank, world_size, local_world_size, torch.device(device), long_wait_group)
@@ -1457,8 +1467,8 @@ def training_data(train: Records, val: Records, labels: bool) -> list[dict]:
 
 # ---- a run's folder ------------------------------------------------------------------------------
 
-RUN_FILES = (
-    "config.json log.jsonl last.pt best.pt probe.pt results.json results.md roc.png predictions.npz"
+RUN_FILES = (  # config.json, by which a run is known, is removed last
+    "log.jsonl last.pt best.pt probe.pt results.json results.md roc.png predictions.npz config.json"
 ).split()
 # Settings that may change when a run goes on: they change what is printed or how fast it is, not
 # what is computed.  --amp is compared by what it comes to, --batch-size by the global batch.
@@ -1493,6 +1503,11 @@ def open_run(config: Config) -> Path:
         config.resume, config.overwrite = True, False
     if not config.resume and not config.overwrite:
         raise UsageError(f"--out {out}: holds a run; give another, or --resume or --overwrite")
+    for name in ("single", "multi", "encoder", "compare"):
+        paths = np.ravel(getattr(config, name, None) or []).tolist()
+        for path in [Path(path).resolve() for path in paths]:
+            if config.overwrite and out.resolve() in (path, path.parent):
+                raise UsageError(f"{as_flag(name)} {path}: --overwrite would remove it first")
     return out
 
 
@@ -1939,6 +1954,7 @@ def open_pairs(config, records, rows, spec, ranks, teacher) -> Pairs:
 
 
 def weights_digest(encoder: nn.Module) -> str:
+    """Changes with every bit of an encoder's weights."""
     digest = hashlib.sha256()
     for key, value in encoder.state_dict().items():
         digest.update(key.encode() + value.cpu().numpy().tobytes())

@@ -113,8 +113,7 @@ def main(config: PretrainConfig) -> dict:
     run = prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single)
     if last is None:
         selfmis.begin_run(out, config, describe(run), ranks)
-        if ranks.is_main:
-            save_last(run)
+        save_last(run)
     else:
         resume(run, last)
     while run.epoch < config.epochs:
@@ -301,7 +300,7 @@ def train_one_epoch(run: Training) -> None:
         if ranks.is_main and now - last_line > SECONDS_BETWEEN_LINES:
             last_line = now
             say_step(run, steps, seconds_a_step)
-        if ranks.is_main and run.step < steps and now - last_save > config.save_seconds:
+        if run.step < steps and now - last_save > config.save_seconds:
             last_save = now
             save_last(run)
 
@@ -420,6 +419,8 @@ def finish_epoch(run: Training, metrics: dict) -> None:
 
 def save_last(run: Training) -> None:
     """Everything that --resume needs; the order of records is a function of (seed, epoch)."""
+    if not run.ranks.is_main:
+        return
     content = selfmis.encoder_content(run.model.encoder, run.spec, run.training_data)
     content |= {name: getattr(run, name) for name in PROGRESS}
     content |= dict(kind="pretrain", config=vars(run.config), world_size=run.ranks.world_size)

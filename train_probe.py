@@ -514,7 +514,9 @@ def finetune(
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8)
     learner = Learner(model, optimizer, config, ranks)
     run = Finetuning(config, extractor, split, out, model, learner, seen, started)
-    if last is not None:
+    if last is None:
+        save_last(run)
+    else:
         learner.restore(last, split["train"])
         run.epoch, run.best, run.best_epoch = last["epoch"], last["best"], last["best_epoch"]
         ranks.print(f"{out}: going on at epoch {run.epoch + 1}")
@@ -568,7 +570,7 @@ def validate(run: Finetuning) -> float:
 
 
 def finish_epoch(run: Finetuning, entry: dict, auc: float) -> None:
-    """Count the epoch, write last.pt, and best.pt if it is the best, and say so."""
+    """Count the epoch, keep the network if it is the best, and say so."""
     run.epoch += 1
     is_best = auc > run.best
     if is_best:
@@ -576,22 +578,32 @@ def finish_epoch(run: Finetuning, entry: dict, auc: float) -> None:
     if not run.extractor.ranks.is_main:
         return
     selfmis.append_log(run.out, dict(epoch=run.epoch, val_macro_auc=auc) | entry)
+    if is_best:
+        selfmis.save(run.out / "best.pt", network(run) | dict(metrics=dict(val_macro_auc=auc)))
+    save_last(run)
+    text = f"train loss {entry['train_loss']:.4f} | validation AUC {auc:.4f}"
+    rate = f"{entry['records_per_second']:,.0f} ECG/s"
+    print(f"epoch {run.epoch}/{run.config.epochs} | {text} | {rate}", flush=True)
+
+
+def network(run: Finetuning) -> dict:
+    """Encoder and head as checkpoints hold them."""
     layer = run.model.head
     head = layer.weight.detach().cpu().clone(), layer.bias.detach().cpu().clone()
     content = selfmis.encoder_content(run.model.encoder, run.extractor.spec, run.training_data)
     content |= dict(kind="finetune", head=head, classes=list(STATEMENTS), config=vars(run.config))
-    content |= selfmis.environment()
-    if is_best:
-        selfmis.save(run.out / "best.pt", content | dict(metrics=dict(val_macro_auc=auc)))
-    content |= run.learner.state(run.split["train"]) | dict(
-        world_size=run.extractor.ranks.world_size
-    )
+    return content | selfmis.environment()
+
+
+def save_last(run: Finetuning) -> None:
+    """Everything that --resume needs; the order of records is a function of (seed, epoch)."""
+    if not run.extractor.ranks.is_main:
+        return
+    content = network(run) | run.learner.state(run.split["train"])
     content |= dict(epoch=run.epoch, best=run.best, best_epoch=run.best_epoch)
     content |= dict(minutes=(time.time() - run.started) / 60)
+    content |= dict(world_size=run.extractor.ranks.world_size)
     selfmis.save(run.out / "last.pt", content)
-    text = f"train loss {entry['train_loss']:.4f} | validation AUC {auc:.4f}"
-    rate = f"{entry['records_per_second']:,.0f} ECG/s"
-    print(f"epoch {run.epoch}/{run.config.epochs} | {text} | {rate}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------

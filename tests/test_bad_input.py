@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, TINY, TORCHRUN, made_up, run, write_record
+from conftest import HERE, TINY, TORCHRUN, made_up, run_forked, write_record
 
 import selfmis
 from selfmis import RecordError, UsageError, load_ecgfounder, load_encoder, read_ecg
@@ -106,13 +106,13 @@ def test_files_that_are_no_encoder(tmp_path, content, message):
         load_encoder(tmp_path / "nowhere.pt")
 
 
-# LEAD: a checkpoint of ours that lost a key is a KeyError, a foreign architecture a TypeError.
-@pytest.mark.parametrize("key", ["encoder", "lead", "sample_rate_hz", "preprocessing"])
-def test_a_checkpoint_without_one_of_its_keys(tmp_path, tiny, key):
-    content = torch.load(tiny[1], weights_only=True)
-    del content[key]
+@pytest.mark.parametrize("content", [{}, {"architecture": "resnet50", "state_dict": {"x": 1}}])
+def test_a_checkpoint_of_another_version_or_project(tmp_path, tiny, content):
+    if not content:
+        content = torch.load(tiny[1], weights_only=True)
+        del content["training_data"]
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match="x.pt: .*" + key):
+    with pytest.raises(UsageError, match="x.pt: written by another version"):
         load_encoder(tmp_path / "x.pt")
 
 
@@ -308,16 +308,14 @@ def test_flags(arguments, message, capsys):
     assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_the_script_prints_one_sentence_and_exits_with_2(tmp_path):
-    done = run("train_probe.py", "--data", "nowhere", cwd=tmp_path)
-    sentence = "error: nowhere: no such folder; give a folder of records or synthetic:N\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
-
-
 def run_script(monkeypatch, main, *arguments):
     """selfmis.run_script in this process, as `python train_pretrain.py ...`."""
 
+    real, this = os._exit, os.getpid()
+
     def leave(code):
+        if os.getpid() != this:  # a process that reads
+            real(code)
         raise SystemExit(code)
 
     monkeypatch.setattr(os, "_exit", leave)
@@ -325,12 +323,17 @@ def run_script(monkeypatch, main, *arguments):
     selfmis.run_script(main, PretrainConfig, "")
 
 
-def test_debug_shows_the_traceback(monkeypatch, capsys):
-    with pytest.raises(UsageError, match="nowhere: no such folder"):
-        run_script(monkeypatch, pretrain, "--data", "nowhere", "--multi", "random", "--debug")
+def test_the_script_prints_one_sentence_and_exits_with_2(monkeypatch, capsys):
+    """As a process: test_standalone.py and, with two, `launched` below."""
     with pytest.raises(SystemExit) as exit:
         run_script(monkeypatch, pretrain, "--data", "nowhere", "--multi", "random")
-    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: nowhere: no such")
+    sentence = "error: nowhere: no such folder; give a folder of records or synthetic:N\n"
+    assert exit.value.code == 2 and capsys.readouterr() == ("", sentence)
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
+        run_script(monkeypatch, pretrain, "--data", "nowhere", "--multi", "random", "--debug")
 
 
 def missing_package(items):
@@ -535,11 +538,12 @@ BUGS = {
 }
 
 
-def break_selfmis_and_pretrain():
-    """Of the process that torchrun starts with this file: the bug, then train_pretrain.py."""
-    bug = sys.argv.pop(1)
-    owner, buggy, _, _ = BUGS[bug]
-    setattr(owner, bug, buggy)
+def attempt_under_torchrun():
+    """Of a process that torchrun starts with this file: a usage error, then, restarted, a bug."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        sys.argv += ["--limit", "8"]
+    else:
+        selfmis.ResNet1D.forward = buggy_forward
     selfmis.run_script(pretrain, PretrainConfig, "")
 
 
@@ -560,22 +564,54 @@ def test_a_bug_keeps_its_traceback(tmp_path, ptbxl, tiny, monkeypatch, capfd, bu
     assert "left out" not in text and "cannot be used" not in text and "error:" not in text
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_bug_keeps_its_traceback_under_torchrun(tmp_path, ptbxl, tiny, bug):
-    done = subprocess.run(
-        [*TORCHRUN, "2", __file__, bug, *buggy_flags(tmp_path, ptbxl, tiny, 0)],
-        cwd=tmp_path,
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, ptbxl, tiny):
+    """What two processes wrote that torchrun started twice."""
+    folder = tmp_path_factory.mktemp("launched")
+    return subprocess.run(
+        [*TORCHRUN, "2", "--max_restarts", "1", __file__, *buggy_flags(folder, ptbxl, tiny, 0)],
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE / 'tests'}"},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=60,
     )
+
+
+def test_an_error_under_torchrun_is_one_sentence_a_process_and_every_process_ends(launched):
+    assert launched.returncode == 1
+    sentences = [line for line in launched.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) in (1, 2)  # the first to end may end the other
+    assert all("0 to validate on: give more --data" in sentence for sentence in sentences)
+    assert "UsageError" not in launched.stderr
+
+
+def assert_traceback(bug, out, err):
     _, buggy, kind, message = BUGS[bug]
-    assert done.returncode == 1 and "Traceback (most recent call last)" in done.stderr
-    assert f"{kind.__name__}: {message}" in done.stderr and f"in {buggy.__name__}" in done.stderr
-    assert "\nerror: " not in done.stderr
-    assert "left out" not in done.stdout and "cannot be used" not in done.stdout
+    assert "Traceback (most recent call last)" in err and f"in {buggy.__name__}\n" in err
+    assert f"{kind.__name__}: {message}" in err
+    assert "left out" not in out and "cannot be used" not in out
+
+
+# LEAD: while a restart hangs or fails to connect, so does this.
+def test_a_bug_keeps_its_traceback_under_torchrun(launched):
+    assert launched.returncode == 1
+    assert_traceback("forward", launched.stdout, launched.stderr)
+
+
+def run_buggy_script(arguments):
+    sys.argv = ["train_pretrain.py", *arguments]
+    selfmis.preprocess = buggy_preprocess
+    selfmis.run_script(pretrain, PretrainConfig, "")
+
+
+def test_a_bug_keeps_its_traceback_in_each_of_two_processes(tmp_path, ptbxl, tiny, capfd):
+    arguments = buggy_flags(tmp_path, ptbxl, tiny, 0)
+    assert run_forked(2, run_buggy_script, arguments) == [1, 1]
+    text = capfd.readouterr()
+    assert_traceback("preprocess", text.out, text.err)
+    assert text.err.count("TypeError: ") == 2 and "\nerror: " not in text.err
 
 
 if __name__ == "__main__":
-    break_selfmis_and_pretrain()
+    attempt_under_torchrun()

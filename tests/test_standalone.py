@@ -51,8 +51,10 @@ assert selfmis.macro_auc(np.eye(4), np.eye(4))[0] == 1
 draws = selfmis.bootstrap_auc(np.eye(4)[:, :1], np.eye(4)[:, :1], draws=9)
 assert selfmis.interval(draws[:, 0]) == (1, 1)
 
-torch.save({"state_dict": selfmis.ResNet1D(1, **selfmis.SIZES["ecgfounder"]).state_dict()}, "1.pth")
-assert selfmis.load_encoder("1.pth").leads == 1
+content = dict(encoder=teacher.state_dict(), architecture=teacher.architecture, lead="all")
+content |= dict(sample_rate_hz=100, preprocessing={}, training_data=[])
+torch.save(content, "12.pt")
+assert selfmis.load_encoder("12.pt")(multi).equal(teacher(multi))
 
 open("r.hea", "w").write("r 1 100 1000")
 open("record_list.csv", "w").write("path,subject_id")
