@@ -1589,6 +1589,7 @@ def save(path: Path, content: dict) -> None:
 
 
 def write_json(path: Path, content) -> None:
+    """config.json and results.json."""
     write_atomically(path, json.dumps(nan_to_none(content), indent=1).encode() + b"\n")
 
 
