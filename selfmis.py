@@ -285,6 +285,9 @@ def load_strictly(module: nn.Module, state: dict, path: str | os.PathLike) -> No
     except RuntimeError as error:  # several indented lines, a key each
         keys = " ".join(str(error).split())
         raise UsageError(f"{path}: weights of another network: {keys}") from error
+    for key, value in module.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise UsageError(f"{path}: {key} is not finite; train it again")
 
 
 def plain_state(content: dict, path: str | os.PathLike) -> dict:
@@ -306,6 +309,8 @@ def load_ecgfounder(path: str | os.PathLike, leads: int) -> ResNet1D:
     A plain state_dict does too.  Every key is used but UNUSED_KEYS; UsageError names each one that
     is missing, unknown or of another shape.
     """
+    if leads not in (1, 12):
+        raise UsageError(f"{path}: {leads} leads; ECGFounder has encoders of 1 and of 12")
     state = plain_state(read_checkpoint(path), path)
     state = {key: value for key, value in state.items() if not UNUSED_KEYS.fullmatch(key)}
     encoder = ResNet1D(leads)
@@ -330,10 +335,13 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
         if stem is None:
             raise UsageError(f"{path}: no encoder of selfmis in it, and no ECGFounder file either")
         return load_ecgfounder(path, leads=stem.shape[1])
-    if "training_data" not in content:
-        raise UsageError(f"{path}: written by another version of selfmis; train it again")
+    kinds = {"architecture": dict, "encoder": dict, "training_data": list, "lead": object}
+    kinds |= {"sample_rate_hz": object, "preprocessing": object}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name, kind), kind) or name not in content:
+            raise UsageError(f"{path}: no {name} as this version writes it; train it again")
     encoder = ResNet1D(**content["architecture"])
-    load_strictly(encoder, content["encoder"], path)
+    load_strictly(encoder, plain_state(content["encoder"], path), path)
     for name in ("lead", "sample_rate_hz", "preprocessing", "training_data"):
         setattr(encoder, name, content[name])
     return encoder.eval()
@@ -618,8 +626,8 @@ def as_records(kind: str, root, paths, patients=None, folds=None, labels=None) -
 def find_synthetic(data: str, seed: int) -> Records:
     """synthetic:N; record i lies in fold i % 10 + 1."""
     count = data.removeprefix("synthetic:")
-    if not count.isdecimal() or int(count) == 0:
-        raise UsageError(f"--data {data}: expected a number of records, e.g. synthetic:20000")
+    if not count.isdecimal() or not 0 < int(count) <= 10**7:
+        raise UsageError(f"--data {data}: expected up to 10,000,000 records, e.g. synthetic:20000")
     numbers = np.arange(int(count))
     _, labels = import_synthetic().synthesize(len(numbers), seed, leads=())  # (N, 44)
     return as_records("synthetic", seed, numbers.astype(str), numbers, numbers % 10 + 1, labels)
@@ -641,9 +649,9 @@ def find_ptbxl(root: Path, sample_rate_hz: float) -> Records:
         for code in codes:
             if code in index:
                 labels[i, index[code]] = 1
-    paths = record_paths(table[path_column], file)
     patients = patient_numbers(table["patient_id"], file)
     folds = whole_numbers(table["strat_fold"], file, 1, 10)
+    paths = record_paths(table[path_column], file)
     return as_records("ptb-xl", root, paths, patients, folds, labels)
 
 
@@ -689,14 +697,17 @@ def patient_numbers(column, file: Path) -> np.ndarray:
 
 def record_paths(column, file: Path) -> list[str]:
     """Paths below the file's folder, without .hea."""
-    paths = []
+    paths = {}
     for i, path in enumerate(column):
         if not isinstance(path, str):
             raise UsageError(f"{file}, row {i + 1}: {column.name} is empty")
         if path.startswith("/") or ".." in path.split("/"):
             raise UsageError(f"{file}, row {i + 1}: {path} lies outside the collection's folder")
-        paths.append(path.removesuffix(".hea"))
-    return paths
+        path = path.removesuffix(".hea")
+        if path in paths:
+            raise UsageError(f"{file}, row {i + 1}: {path} is listed before, in row {paths[path]}")
+        paths[path] = i + 1
+    return list(paths)
 
 
 def find_wfdb(root: Path) -> Records:
@@ -1163,7 +1174,7 @@ class Config:
         metavar="ROOT",
     )
     limit: int | None = flag(None, "use the first N records of each collection", metavar="N")
-    out: str = flag("", "folder of the run", metavar="DIR")
+    out: str = flag("runs", "folder of the run", metavar="DIR")
     lead: str | None = flag(None, "the single lead, or all (default: the checkpoint's, else I)")
     size: str | None = flag(None, "of a random encoder (default: ecgfounder)", choices=tuple(SIZES))
     sample_rate: float | None = flag(None, "in Hz (default: the checkpoint's, else 500)")
@@ -1197,8 +1208,12 @@ class Config:
         for name, value in vars(self).items():
             if name in POSITIVE and value is not None and not value > 0:
                 raise UsageError(f"{as_flag(name)} {value}: expected a number above 0")
-            if name in NOT_NEGATIVE and value is not None and value < 0:
+            if name in NOT_NEGATIVE and value is not None and not 0 <= value < 2**63:
                 raise UsageError(f"{as_flag(name)} {value}: expected 0 or more")
+            if value == math.inf or value == "" or value == [""]:
+                raise UsageError(f"{as_flag(name)} {value}: give a value")
+        if self.sample_rate is not None and not 20 <= self.sample_rate <= 2000:
+            raise UsageError(f"--sample-rate {self.sample_rate}: expected 20 to 2000 Hz")
         if self.lead not in (None, "all"):
             self.lead = LEADS[lead_index(self.lead)]
         if self.val_fold == self.test_fold:
@@ -1439,6 +1454,10 @@ def gather_records(config: Config, rate_hz: float, stream: int) -> Records:
     stream: the seed of synthetic records, which keeps those of the two scripts apart.  Beside real
     records synthetic ones only train: they get a fold of their own.
     """
+    places = [os.path.realpath(data) for data in config.data]
+    for i, place in enumerate(places):
+        if place in places[:i]:
+            raise UsageError(f"--data {config.data[i]}: given twice; name it once")
     found = [find_records(data, sample_rate_hz=rate_hz, seed=stream) for data in config.data]
     is_synthetic = [records.collections[0].kind == "synthetic" for records in found]
     everything = None
@@ -1496,17 +1515,22 @@ def open_run(config: Config) -> Path:
     if not there:
         return out
     try:
-        begun_by = json.loads((out / "config.json").read_text())["launcher"]
+        begun = json.loads((out / "config.json").read_text())
+        script, launched_by, settings = begun["script"], begun["launcher"], begun["config"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"--out {out}: holds {there[0]} of no run; give another --out") from error
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and begun_by == launcher():
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and launched_by == launcher():
         config.resume, config.overwrite = True, False
     if not config.resume and not config.overwrite:
         raise UsageError(f"--out {out}: holds a run; give another, or --resume or --overwrite")
+    if config.resume and script != type(config).__name__:
+        raise UsageError(f"--resume: {out} is a run of the other script; give another --out")
+    if config.resume:
+        check_settings(config, settings, out)
     for name in ("single", "multi", "encoder", "compare"):
-        paths = np.ravel(getattr(config, name, None) or []).tolist()
-        for path in [Path(path).resolve() for path in paths]:
-            if config.overwrite and out.resolve() in (path, path.parent):
+        for path in np.ravel(getattr(config, name, None) or []).tolist():
+            lost = [out.resolve()] + [out.resolve() / name for name in RUN_FILES]
+            if config.overwrite and Path(path).resolve() in lost:
                 raise UsageError(f"{as_flag(name)} {path}: --overwrite would remove it first")
     return out
 
@@ -1517,7 +1541,8 @@ def begin_run(out: Path, config: Config, content: dict, ranks: Ranks) -> None:
     if ranks.is_main:
         for name in RUN_FILES:
             (out / name).unlink(missing_ok=True)
-        settings = dict(config=dataclasses.asdict(config), launcher=launcher())
+        settings = dict(config=dataclasses.asdict(config), script=type(config).__name__)
+        settings["launcher"] = launcher()
         write_json(out / "config.json", settings | content | environment())
 
 
@@ -1539,16 +1564,18 @@ def make_shared_folder(folder: Path, flag_name: str, ranks: Ranks) -> None:
 
 
 def read_last(config: Config, out: Path, ranks: Ranks) -> dict | None:
-    """OUT/last.pt for --resume, None to start; UsageError if the run had other settings."""
+    """OUT/last.pt for --resume, None to start; UsageError if it does not fit the run."""
     if not config.resume:
         return None
-    if (out / "best.pt").exists() and not (out / "last.pt").exists():
-        raise UsageError(f"--resume: {out} has a best.pt but no last.pt; --overwrite starts anew")
-    if not (out / "last.pt").exists():
+    has_best = (out / "best.pt").exists()
+    if not has_best and not (out / "last.pt").exists():
         ranks.print(f"--resume: there is no {out / 'last.pt'}, so the run starts")
         return None
     last = read_checkpoint(out / "last.pt")
-    check_settings(config, last["config"], out)
+    if "train_rows" not in last:
+        raise UsageError(f"--resume: {out / 'last.pt'} is of no run; --overwrite starts anew")
+    if last["epoch"] > 0 and not has_best:
+        raise UsageError(f"--resume: {out} has no best.pt any more; --overwrite starts anew")
     # Other processes may share a global batch, unless the loss compares those of one process.
     batch, world_size = last["config"]["batch_size"], last["world_size"]
     same = config.batch_size * ranks.world_size == batch * world_size
@@ -1745,11 +1772,20 @@ class CachedArray:
     def create(self) -> None:
         """An empty array in its final size (holes cost nothing), unless it is there already."""
         size = self.shape[0] * self.row_bytes
-        if not self.path.exists() or self.path.stat().st_size != size:
-            for list_path in self.lists():  # they speak of an array that has gone
-                list_path.unlink()
+        if self.path.exists() and self.path.stat().st_size == size:
+            return
+        for list_path in self.lists():  # they speak of an array that has gone
+            list_path.unlink()
+        try:
             with open(self.path, "wb") as file:
                 file.truncate(size)
+        except OSError as error:
+            raise self.write_error(error) from error
+
+    def write_error(self, error: OSError) -> UsageError:
+        """On a full disk; the next start finds what has been written."""
+        remedy = "free space, or give another --cache; what is in it stays"
+        return UsageError(f"{self.path}: the cache cannot be written ({error.strerror}): {remedy}")
 
     def is_done(self) -> np.ndarray:
         """(N,) bool: the rows that are there."""
@@ -1772,10 +1808,7 @@ class CachedArray:
             with open(self.list_path, "ab") as file:
                 file.write(rows.astype(np.int64).tobytes())
         except OSError as error:
-            raise UsageError(
-                f"{self.path}: the cache cannot be written ({error.strerror}): free space, or give "
-                "another --cache; what is in it stays"
-            ) from error
+            raise self.write_error(error) from error
 
 
 class SkipUnreadable(Dataset):

@@ -83,6 +83,7 @@ class Training:
     learner: Learner
     training_data: list[dict]
     val_targets: torch.Tensor  # (N, D) teacher embeddings of the validation records
+    teacher_digest: str
     records_per_second: float = math.nan  # of the last steps, by all processes together
     # Progress, which last.pt keeps:
     epoch: int = 0  # finished epochs
@@ -215,6 +216,7 @@ def prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single) -> Tr
         learner=Learner(model, make_optimizer(model, config), config, ranks),
         training_data=pairs.teacher.training_data + single.training_data + seen,
         val_targets=val_targets,
+        teacher_digest=selfmis.weights_digest(pairs.teacher),
     )
 
 
@@ -262,6 +264,8 @@ def describe(run: Training) -> dict:
 
 def resume(run: Training, last: dict) -> None:
     """Put a run that `prepare` has made anew back where last.pt left it."""
+    if last["teacher_digest"] != run.teacher_digest:
+        raise UsageError(f"--resume: --multi {run.config.multi} had other weights at the start")
     run.learner.restore(last, run.train_rows)
     for name in PROGRESS:
         setattr(run, name, last[name])
@@ -424,7 +428,7 @@ def save_last(run: Training) -> None:
     content = selfmis.encoder_content(run.model.encoder, run.spec, run.training_data)
     content |= {name: getattr(run, name) for name in PROGRESS}
     content |= dict(kind="pretrain", config=vars(run.config), world_size=run.ranks.world_size)
-    content |= run.learner.state(run.train_rows)
+    content |= run.learner.state(run.train_rows) | dict(teacher_digest=run.teacher_digest)
     selfmis.save(run.out / "last.pt", content | selfmis.environment())
 
 

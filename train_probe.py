@@ -118,7 +118,7 @@ def main(config: ProbeConfig) -> dict:
     if config.resume and (out / "results.json").exists():
         return add_comparisons(config, out, ranks)
     encoder, spec = open_input(config, ranks)
-    records = labelled_records(config, spec)
+    records = labelled_records(config, spec, ranks)
     every_row = np.arange(len(records))
     split = split_by_fold(records, every_row, config, ranks)  # as the lists say
     for other in config.compare:
@@ -178,12 +178,15 @@ def open_input(config: ProbeConfig, ranks: Ranks) -> tuple[ResNet1D, InputSpec]:
     return encoder, spec
 
 
-def labelled_records(config: ProbeConfig, spec: InputSpec) -> Records:
+def labelled_records(config: ProbeConfig, spec: InputSpec, ranks: Ranks) -> Records:
     """Those with a diagnostic statement; with --synthetic-only no real one trains."""
     records = selfmis.gather_records(config, spec.sample_rate_hz, SYNTHETIC_STREAM)
+    listed = len(records)
     records = records[records.labels.any(1)]
     if len(records) == 0:
         raise UsageError(f"--data {' '.join(config.data)}: no labels; give PTB-XL or synthetic:N")
+    if len(records) < listed:
+        ranks.print(f"{listed - len(records):,} records without a diagnostic statement left out")
     if config.synthetic_only:
         trains = records.folds == selfmis.TRAINING_FOLD  # the synthetic ones beside real ones
         if trains.all() or not trains.any():
@@ -841,7 +844,11 @@ def read_predictions(folder: str | Path) -> tuple[dict, dict]:
     logits = {}
     for name, value in arrays.items():
         if name.startswith("logits_"):
+            if value.shape[1:] != test["labels"].shape or not np.isfinite(value).all():
+                raise UsageError(f"--compare {folder}: {name} of its predictions.npz is damaged")
             logits[name.removeprefix("logits_")] = value
+    if not logits:
+        raise UsageError(f"--compare {folder}: no logits in its predictions.npz")
     return test, logits
 
 
@@ -897,8 +904,10 @@ def comparable_heads(own: dict, theirs: dict) -> list[tuple[str, str]]:
 
 def add_comparisons(config: ProbeConfig, out: Path, ranks: Ranks) -> dict:
     """--resume of a finished run: nothing is trained again, --compare is added."""
-    results = json.loads((out / "results.json").read_text())
-    selfmis.check_settings(config, results["config"], out)
+    try:
+        results = json.loads((out / "results.json").read_text())
+    except ValueError as error:
+        raise UsageError(f"{out / 'results.json'}: damaged; --overwrite starts anew") from error
     ranks.print(f"{out}: finished already, see {out / 'results.md'}")
     if ranks.is_main:
         compare(out, config.compare)

@@ -29,6 +29,9 @@ from extras.recordings import TEXT_FILES, check_recording, fill_gaps, header_of,
 from extras.synthetic import ecg_paper, save_picture
 from selfmis import LEADS, MI_TYPES, RecordError, UsageError, segment_names
 
+# What train_probe.py writes into probe.pt beside the encoder.
+PROBE_KEYS = {"head", "classes", "temperature", "positives", "validation"}
+PROBE_KEYS |= {"head_training_data", "results", "warnings"}
 MINIMUM_CASES = 10  # rates and shares of fewer cases mean nothing
 PREVALENCE = 0.03  # 3.1 % of US adults have had an infarct (2023 guideline on coronary disease)
 SHARE = "probability, and times its share of the validation fold"
@@ -76,7 +79,7 @@ class Detector:
 
     def __init__(self, path):
         self.content = selfmis.read_checkpoint(path)
-        if "validation" not in self.content:
+        if not PROBE_KEYS <= set(self.content):
             remedy = "give a probe.pt of train_probe.py (of an old version: probe again)"
             raise UsageError(f"{path}: no calibrated head in it; {remedy}")
         encoder = selfmis.load_encoder(path)

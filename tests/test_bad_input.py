@@ -112,7 +112,7 @@ def test_a_checkpoint_of_another_version_or_project(tmp_path, tiny, content):
         content = torch.load(tiny[1], weights_only=True)
         del content["training_data"]
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match="x.pt: written by another version"):
+    with pytest.raises(UsageError, match="x.pt: no .* as this version writes it; train it"):
         load_encoder(tmp_path / "x.pt")
 
 
@@ -215,7 +215,6 @@ def test_fewer_records_than_a_batch(tmp_path, ptbxl, tiny, no_reading):
     assert not (tmp_path / "out").exists()
 
 
-# LEAD: --finetune notices it after the pass, when begin_run has removed the old run.
 def test_fewer_records_than_a_batch_of_finetuning(tmp_path, ptbxl, tiny, no_reading):
     with pytest.raises(UsageError, match="64 records do not fill a batch of 1 x 128: --batch-size"):
         probe(make_probe(tmp_path, ptbxl, tiny, finetune=True, batch_size=128))
@@ -233,15 +232,19 @@ def test_a_fold_without_records(tmp_path, ptbxl, tiny, no_reading, changed):
         probe(make_probe(tmp_path, ptbxl, tiny, **changed))
 
 
+ONE_RECORD = dict(labels=np.zeros((1, 44)), fold=np.zeros(1), patient=np.zeros(1))
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         (None, "nosuchrun: no readable predictions.npz in it"),
         (b"", "nosuchrun: no readable predictions.npz in it"),
         (b"PK\x03\x04", "nosuchrun: no readable predictions.npz in it"),
-        (dict(labels=np.zeros((9, 44))), "nosuchrun: "),  # LEAD: KeyError
+        (dict(labels=np.zeros((9, 44))), "nosuchrun: "),
+        (ONE_RECORD, "nosuchrun: no logits in its predictions.npz"),
         (
-            dict(labels=np.zeros((1, 44)), fold=np.zeros(1), patient=np.zeros(1)),
+            ONE_RECORD | dict(logits_adam=np.zeros((1, 1, 44))),
             "nosuchrun: it was tested on other records",
         ),
     ],
@@ -340,8 +343,6 @@ def missing_package(items):
     return selfmis.import_optional("nonesuch.io", "reading records")
 
 
-# LEAD: torch's loader hands over "Caught UsageError in DataLoader worker process 0", a traceback
-# and the sentence, all as the message of a new UsageError.
 def test_an_error_in_a_process_that_reads_is_one_sentence_too(monkeypatch, capsys):
     """Such as a wfdb that is not installed."""
     loader = torch.utils.data.DataLoader(range(3), num_workers=1, collate_fn=missing_package)
@@ -425,7 +426,7 @@ def test_overwrite_removes_nothing_before_a_pretraining_can_start(
         (dict(data=["nowhere"]), "nowhere: no such folder"),
         (dict(limit=9), "no record to test on"),
         (dict(lead="all"), "reads one lead"),
-        (dict(finetune=True, batch_size=3200), "do not fill a batch"),  # LEAD
+        (dict(finetune=True, batch_size=3200), "do not fill a batch"),
     ],
 )
 def test_overwrite_removes_nothing_before_a_probe_can_start(runs, ptbxl, tiny, changed, message):
@@ -435,7 +436,6 @@ def test_overwrite_removes_nothing_before_a_probe_can_start(runs, ptbxl, tiny, c
         probe(make_probe(runs, ptbxl, tiny, **settings | changed))
 
 
-# LEAD: split() counts the records that are listed; what is left of them is not looked at again.
 @pytest.mark.parametrize("fold, message", [(0, "63 records do not fill a batch"), (8, "validate")])
 def test_overwrite_removes_nothing_where_unusable_records_leave_too_few(
     tmp_path, runs, ptbxl, tiny, fold, message
@@ -451,7 +451,6 @@ def test_overwrite_removes_nothing_where_unusable_records_leave_too_few(
         pretrain(make_pretrain(runs, root, tiny, **settings))
 
 
-# LEAD: --overwrite removes the very file that the run starts from.
 @pytest.mark.parametrize(
     "main, make, flag, file",
     [
@@ -468,6 +467,17 @@ def test_overwrite_does_not_remove_what_the_run_itself_is_given(
     settings |= dict(out=str(runs / file.split("/")[0]), overwrite=True)
     with pytest.raises(UsageError, match=f"--{flag}"):
         main(make(runs, ptbxl, tiny, **settings))
+
+
+# LEAD: whatever lies in OUT is refused, and with --out . even the word random.
+def test_overwrite_takes_what_lies_in_the_run_s_folder_but_is_no_file_of_a_run(
+    tmp_path, ptbxl, tiny, monkeypatch
+):
+    pretrain(make_pretrain(tmp_path, ptbxl, tiny))
+    shutil.copy(tiny[12], tmp_path / "out/teacher.pt")
+    monkeypatch.chdir(tmp_path / "out")
+    settings = dict(out=".", multi="teacher.pt", single="random", overwrite=True, cache="none")
+    assert pretrain(make_pretrain(tmp_path, ptbxl, tiny, **settings))["epoch"] == 1
 
 
 @pytest.mark.parametrize("flag", ["overwrite", "resume"])

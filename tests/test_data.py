@@ -240,6 +240,11 @@ HEAD = "ecg_id,patient_id,scp_codes,strat_fold,filename_lr,filename_hr\n"
 GOOD = "1,7.0,\"{'IMI': 100.0}\",3,records100/a_lr,records500/a_hr\n"
 
 
+def other_record(name):
+    """A row like GOOD of another record."""
+    return GOOD.replace("a_", f"{name}_")
+
+
 def read_tables(folder, ptbxl_table: str | bytes = "", mimic_table: str | bytes = ""):
     """The records of a folder with one of the two tables in it."""
     for name, text in (("ptbxl_database.csv", ptbxl_table), ("record_list.csv", mimic_table)):
@@ -258,7 +263,7 @@ def read_tables(folder, ptbxl_table: str | bytes = "", mimic_table: str | bytes 
         ("\n", "\r\n"),
         ("a_hr", "a_hr.hea"),
         ("\n", ",,\n"),  # empty columns of a spreadsheet
-        ("a_hr\n", "a_hr,\n"),  # LEAD: a comma more than in the header shifts every column
+        ("a_hr\n", "a_hr,\n"),  # a comma more than in the header must shift no column
         ("7.0", " 7 "),
     ],
 )
@@ -270,7 +275,8 @@ def test_tables_that_spreadsheets_wrote_are_read(tmp_path, old, new):
 
 
 def test_empty_patients_are_each_their_own(tmp_path):
-    records = read_tables(tmp_path, HEAD + GOOD + 2 * GOOD.replace("7.0", ""))
+    unknown = [other_record(name).replace("7.0", "") for name in "bc"]
+    records = read_tables(tmp_path, HEAD + GOOD + "".join(unknown))
     assert records.patients[0] == 7 and len(set(records.patients)) == 3
     assert (records.patients[1:] < 0).all()
     (tmp_path / "ptbxl_database.csv").unlink()
@@ -288,30 +294,31 @@ CODES = "{'IMI': 100.0}"
         (",3,", ",x,", ", row 2: strat_fold is 'x', not a whole number"),
         (",3,", ",3.5,", ", row 2: strat_fold is '3.5', not a whole number"),
         (",3,", ",,", ", row 2: strat_fold is"),
-        (",3,", ",inf,", ", row 2: strat_fold is 'inf'"),  # LEAD: and a RuntimeWarning
-        (",3,", ",0,", ", row 2: strat_fold is"),  # LEAD: is not a fold, these three
+        (",3,", ",inf,", ", row 2: strat_fold is 'inf'"),
+        (",3,", ",0,", ", row 2: strat_fold is"),
         (",3,", ",11,", ", row 2: strat_fold is"),
         (",3,", ",259,", ", row 2: strat_fold is"),  # read as 3: eight bits
         ("7.0", "P7", ", row 2: patient_id is 'P7', not a whole number"),
-        ("7.0", "1e300", ", row 2: patient_id is '1e300'"),  # LEAD: becomes -2**63
+        ("7.0", "1e300", ", row 2: patient_id is '1e300'"),
         (CODES, "", ", row 2: scp_codes is"),
         (CODES, CODES[:-1], ", row 2: scp_codes is .*, not a dict"),
         (CODES, "IMI", ", row 2: scp_codes is 'IMI', not a dict"),
-        (CODES, "5", ", row 2: scp_codes is '5', not a dict"),  # LEAD: TypeError
-        (CODES, "['IMI']", ", row 2: scp_codes is .*, not a dict"),  # LEAD: taken for IMI
-        (CODES, "{[]: 1}", ", row 2: scp_codes is .*, not a dict"),  # LEAD: TypeError
+        (CODES, "5", ", row 2: scp_codes is '5', not a dict"),
+        (CODES, "['IMI']", ", row 2: scp_codes is .*, not a dict"),
+        (CODES, "{[]: 1}", ", row 2: scp_codes is .*, not a dict"),
         (CODES, "(" * 99, ", row 2: scp_codes is .*, not a dict"),
         (f'"{CODES}"', "{'IMI': 9, 'SR': 0}", ", row 2: scp_codes"),  # not quoted: two columns
         ("records500/a_hr", "", ", row 2: filename_hr is empty"),
         ("records500/a_hr", "/etc/a", ", row 2: /etc/a lies outside"),
         ("records500/a_hr", "records500/../../a", ", row 2: .* lies outside"),
+        (GOOD, other_record("b"), ", row 2: records500/b_hr is listed before, in row 1"),
         (GOOD, "1,7.0\n", ", row 2: "),
         (GOOD, '1,7.0,"{', ": cannot be read .*row 2"),
     ],
 )
 def test_a_damaged_row_is_one_sentence_with_file_and_row(tmp_path, old, new, message):
     with pytest.raises(UsageError, match="ptbxl_database.csv" + message) as error:
-        read_tables(tmp_path, HEAD + GOOD + GOOD.replace(old, new))
+        read_tables(tmp_path, HEAD + other_record("b") + GOOD.replace(old, new))
     assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
 
 

@@ -101,7 +101,6 @@ def test_nothing_above_the_banner_uses_what_stands_below():
 
 @pytest.mark.parametrize("source", [UPPER, LOWER])
 def test_public_names_have_docstrings(source):
-    # LEAD: as_flag and weights_digest have none
     bare = []
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node):
