@@ -469,7 +469,6 @@ def test_overwrite_does_not_remove_what_the_run_itself_is_given(
         main(make(runs, ptbxl, tiny, **settings))
 
 
-# LEAD: whatever lies in OUT is refused, and with --out . even the word random.
 def test_overwrite_takes_what_lies_in_the_run_s_folder_but_is_no_file_of_a_run(
     tmp_path, ptbxl, tiny, monkeypatch
 ):
