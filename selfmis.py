@@ -1235,11 +1235,13 @@ def as_flags(settings: dict) -> str:
     """Settings as somebody would type them."""
     words = []
     for name, value in settings.items():
-        words.append(as_flag(name))
-        if isinstance(value, list):
-            words += value
-        elif value is not True:
-            words.append(str(value))
+        if value in (None, False, []):
+            words.append(f"no {as_flag(name)}")
+        elif value is True:
+            words.append(as_flag(name))
+        else:
+            values = value if isinstance(value, list) else [value]
+            words.append(" ".join([as_flag(name), *map(str, values)]))
     return " ".join(words)
 
 
@@ -1271,7 +1273,8 @@ def parse_flags(config_class, description: str, argv: Sequence[str] | None = Non
             parser.set_defaults(**demonstration)  # flags that the user typed stay
             config = config_class(**vars(parser.parse_args(argv)))
             if os.environ.get("RANK", "0") == "0":
-                print(f"no --data, so this is {config.demonstrates}: {as_flags(demonstration)}")
+                used = {name: getattr(config, name) for name in demonstration}
+                print(f"no --data, so this is {config.demonstrates}: {as_flags(used)}", flush=True)
     except UsageError as error:
         parser.error(str(error))
     return config
@@ -1454,10 +1457,12 @@ def gather_records(config: Config, rate_hz: float, stream: int) -> Records:
     stream: the seed of synthetic records, which keeps those of the two scripts apart.  Beside real
     records synthetic ones only train: they get a fold of their own.
     """
-    places = [os.path.realpath(data) for data in config.data]
-    for i, place in enumerate(places):
-        if place in places[:i]:
-            raise UsageError(f"--data {config.data[i]}: given twice; name it once")
+    places = []
+    for data in config.data:  # synthetic:9 is the beginning of synthetic:20
+        place = "synthetic" if data.startswith("synthetic:") else os.path.realpath(data)
+        if place in places:
+            raise UsageError(f"--data {data}: given twice; name it once")
+        places.append(place)
     found = [find_records(data, sample_rate_hz=rate_hz, seed=stream) for data in config.data]
     is_synthetic = [records.collections[0].kind == "synthetic" for records in found]
     everything = None
@@ -1506,7 +1511,8 @@ def open_run(config: Config) -> Path:
     """The run's folder; UsageError where a run, or somebody else's file, would be lost.
 
     Nothing is written or removed: `begin_run` does that when all else has been checked.  Processes
-    that torchrun restarts (on one machine) go on with the run that they had begun.
+    that torchrun restarts (on one machine) go on with the run that they had begun: their config
+    becomes one with --resume.
     """
     out = Path(config.out)
     if out.exists() and not out.is_dir():
@@ -1589,8 +1595,8 @@ def check_settings(config: Config, before: dict, out: Path) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     for name, value in before.items():
         if name not in FREE_ON_RESUME and now.get(name) != value:
-            was = as_flags({name: value})
-            raise UsageError(f"--resume: {out} was started with {was}, not {now.get(name)}")
+            was, is_now = as_flags({name: value}), as_flags({name: now.get(name)})
+            raise UsageError(f"--resume: {out} was started with {was}, this is {is_now}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

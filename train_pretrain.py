@@ -53,7 +53,11 @@ class PretrainConfig(Config):
     val_records: int = flag(5000, "the last N records of a list without folds validate")
     save_seconds: float = flag(600.0, "between two saves of last.pt within an epoch")
 
-    demonstrates = "a demonstration on synthetic ECG, with a random teacher and InfoNCE"
+    @property
+    def demonstrates(self) -> str:
+        teacher = "a random teacher" if self.multi == "random" else self.multi
+        loss = "InfoNCE" if self.loss == "softmax" else "Eq. (3)"
+        return f"a demonstration on synthetic ECG, with {teacher} and {loss}"
 
     def demonstration(self) -> dict:
         """Table 7 is made for 800,035 records and four GPUs; this shows the method in two minutes.
@@ -135,6 +139,8 @@ def open_encoders(config: PretrainConfig) -> tuple[ResNet1D, ResNet1D, InputSpec
         )
     single = selfmis.open_encoder(config.single, config.size, leads=1)
     teacher = selfmis.open_encoder(config.multi, config.size, leads=12)
+    if teacher is not None and teacher.lead not in (None, "all"):
+        raise UsageError(f"--multi {config.multi}: was trained on lead {teacher.lead} and zeros")
     opened = {}
     if single is not None:
         opened[config.single] = single
@@ -282,10 +288,10 @@ def train_one_epoch(run: Training) -> None:
     started = last_line = last_save = time.time()
     first_step = run.step
     for rows, (signals, targets) in zip(batches, run.pairs.batches(batches), strict=True):
-        done = run.epoch * steps + run.step
+        steps_done = run.epoch * steps + run.step
         for group in run.learner.optimizer.param_groups:
             group["lr"] = selfmis.cosine_lr(
-                group["peak"], done, config.epochs * steps, config.warmup
+                group["peak"], steps_done, config.epochs * steps, config.warmup
             )
         offset = 0
         if not config.local_negatives:

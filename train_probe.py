@@ -210,7 +210,7 @@ def split_by_fold(
         if len(part) == 0:
             there = ", ".join(str(fold) for fold in np.unique(folds))
             flags = f"--val-fold {config.val_fold}, --test-fold {config.test_fold}"
-            raise UsageError(f"no record to {name} on ({flags}); there are folds {there}")
+            raise UsageError(f"no record in the {name} part ({flags}); there are folds {there}")
         these = set(records.patient_keys()[part].tolist())
         if patients & these:
             raise UsageError("a patient has records in two of the three parts; check strat_fold")
@@ -418,9 +418,10 @@ def logistic_head(x, y, x_val, y_val, config: ProbeConfig, seed: int):
     for strength in STRENGTHS:
         weight = solve_logistic(z.float(), y, weight, curvature, strength, 1e-5)
         auc, _ = selfmis.macro_auc(y_val, z_val @ weight)
-        worse += 1
         if auc > best_auc:
             best_auc, best_strength, best_weight, worse = auc, strength, weight, 0
+        else:
+            worse += 1
         if worse == 2:
             break
     weight = solve_logistic(z, y, best_weight, curvature, best_strength, 1e-6)
@@ -695,7 +696,7 @@ def summarize(auc: np.ndarray, draws: np.ndarray, y: np.ndarray) -> dict:
             mean = float(auc[present].mean())
             low, high = selfmis.interval(draws[:, present].mean(1))
         # One rare class in 44 does little to their mean, one in six or nine a lot.
-        rarest = min(int(y[:, k].sum()) for k in columns(group))
+        rarest = min((int(y[:, k].sum()) for k in present), default=0)
         if group != "diagnostic" and rarest < MINIMUM_POSITIVES:
             low, high = math.nan, math.nan
         summary[group] = dict(mean=mean, low=low, high=high, classes=len(present))
@@ -994,9 +995,11 @@ def draw_roc(path: Path, head: TrainedHead, y: np.ndarray, results: dict) -> Non
         if positives in (0, len(y)):
             continue
         auc = selfmis.roc_auc(y[:, k], head.test_logits[:, k])
-        hits = y[np.argsort(-head.test_logits[:, k], kind="stable"), k]
-        sensitivity = np.append(0, np.cumsum(hits)) / positives
-        false_alarms = np.append(0, np.cumsum(1 - hits)) / (len(y) - positives)
+        order = np.argsort(-head.test_logits[:, k], kind="stable")
+        ranked, hits = head.test_logits[order, k], y[order, k]
+        run_ends = np.append(ranked[1:] != ranked[:-1], True)  # equal scores pass together
+        sensitivity = np.append(0, np.cumsum(hits)[run_ends]) / positives
+        false_alarms = np.append(0, np.cumsum(1 - hits)[run_ends]) / (len(y) - positives)
         style = "-" if positives >= MINIMUM_POSITIVES else ":"
         axes.plot(false_alarms, sensitivity, style, label=f"{t} {auc:.3f} (n = {positives})")
     title = f"AUC; dotted: fewer than {MINIMUM_POSITIVES} positives"

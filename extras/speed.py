@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import selfmis
 import train_pretrain
 import train_probe
-from extras.detect import load_detector, run_command
+from extras.detect import PROBE_KEYS, load_detector, run_command
 from extras.synthetic import synthesize
 from selfmis import LEADS, SIZES, STATEMENTS, InputSpec, Learner, Ranks, ResNet1D, SelfMIS
 from selfmis import UsageError
@@ -198,9 +198,9 @@ def metrics() -> None:
 def detect() -> None:
     """One recording of 10 s through a detector with the full network."""
     encoder = ResNet1D(1)
-    content = selfmis.encoder_content(encoder, input_spec(500), [])
+    content = selfmis.encoder_content(encoder, input_spec(500), []) | dict.fromkeys(PROBE_KEYS)
     head = torch.randn(len(STATEMENTS), encoder.embedding_dim), torch.zeros(len(STATEMENTS))
-    content |= dict(head=head, classes=list(STATEMENTS), temperature=1.0, validation={})
+    content |= dict(head=head, classes=list(STATEMENTS), temperature=1.0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.pt"
         selfmis.save(path, content)

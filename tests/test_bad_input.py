@@ -228,7 +228,7 @@ def test_probing_needs_labels(tmp_path, mimic, tiny, no_reading):
 
 @pytest.mark.parametrize("changed", [dict(limit=9), dict(limit=8, val_fold=8)])
 def test_a_fold_without_records(tmp_path, ptbxl, tiny, no_reading, changed):
-    with pytest.raises(UsageError, match="no record to test on .*--test-fold 10.*there are folds"):
+    with pytest.raises(UsageError, match="no record in the test part .*--test-fold 10.*there are folds"):
         probe(make_probe(tmp_path, ptbxl, tiny, **changed))
 
 
@@ -424,7 +424,7 @@ def test_overwrite_removes_nothing_before_a_pretraining_can_start(
         (dict(compare=["nosuchrun"]), "--compare nosuchrun"),
         (dict(encoder="nowhere.pt"), "nowhere.pt: there is no such file"),
         (dict(data=["nowhere"]), "nowhere: no such folder"),
-        (dict(limit=9), "no record to test on"),
+        (dict(limit=9), "no record in the test part"),
         (dict(lead="all"), "reads one lead"),
         (dict(finetune=True, batch_size=3200), "do not fill a batch"),
     ],

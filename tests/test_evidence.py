@@ -116,10 +116,10 @@ def test_picture_and_readme_table_are_drawn_from_the_results(tmp_path, monkeypat
     assert (tmp_path / "results.png").read_bytes() != drawn
 
 
-def test_the_gpu_part_runs_in_miniature(capsys):
-    speed.main(["gpu", "--device", "cpu", "--mini"])
+def test_the_gpu_part_runs_in_miniature_and_the_detector_loads(capsys):
+    speed.main(["gpu", "detect", "--device", "cpu", "--mini"])
     text = capsys.readouterr().out
-    assert text.count("ms a step") == 3
+    assert text.count("ms a step") == 3 and "ms" in text.partition("\ndetect\n")[2]
     with pytest.raises(SystemExit):
         speed.main(["nonsense"])
     assert "no part nonsense" in capsys.readouterr().err
