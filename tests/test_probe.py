@@ -649,7 +649,7 @@ def runs_to_compare(tmp_path_factory, probed):
 
 
 REFUSED = {
-    "no test fold": (dict(limit=9), "no record in the test part .*--test-fold 10.*there are folds 1"),
+    "no test fold": (dict(limit=9), "no record in the test part .*--test-fold 10.*folds 1"),
     "no val fold": (dict(limit=8, test_fold=8), "no record in the val part .*--val-fold 9"),
     "one label": (dict(data=["synthetic:11"]), "--val-fold 9: no statement has positives"),
     "compare missing": (dict(compare="missing"), "--compare .*missing: no readable predictions"),
