@@ -378,9 +378,7 @@ def run_detect(flags: argparse.Namespace) -> int:
     paths = find_recordings(flags.recordings)
     if flags.picture and len(paths) > 1:
         raise UsageError(f"--picture: draws one recording, {len(paths)} were given")
-    if not flags.json:
-        print("\n".join(probe_lines(probe)), end="\n\n")
-    entries, status = [], 0
+    entries, status, answered = [], 0, 0
     for path in paths:
         try:
             entries.append(answer_recording(detector, probe, path, flags))
@@ -391,12 +389,15 @@ def run_detect(flags: argparse.Namespace) -> int:
             entries.append({"file": str(path), "error": str(error)})
             status = 2
         else:
+            answered += 1
+            if not flags.json and answered == 1:
+                print("\n".join(probe_lines(probe)), end="\n\n")
             if not flags.json:
                 print("\n".join(answer_lines(entries[-1])), end="\n\n", flush=True)
     if flags.json:
         content = {"probe": probe, "recordings": entries}
         print(json.dumps(selfmis.nan_to_none(content), indent=1))
-    else:
+    elif answered:
         print(DISCLAIMER)
     return status
 
