@@ -335,14 +335,15 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
         if stem is None:
             raise UsageError(f"{path}: no encoder of selfmis in it, and no ECGFounder file either")
         return load_ecgfounder(path, leads=stem.shape[1])
-    kinds = {"architecture": dict, "encoder": dict, "training_data": list, "lead": object}
-    kinds |= {"sample_rate_hz": object, "preprocessing": object}
-    for name, kind in kinds.items():
-        if not isinstance(content.get(name, kind), kind) or name not in content:
-            raise UsageError(f"{path}: no {name} as this version writes it; train it again")
+    kinds = {"architecture": dict, "encoder": dict, "training_data": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    inputs = ("lead", "sample_rate_hz", "preprocessing")
+    wrong += [name for name in inputs if name not in content]
+    if wrong:
+        raise UsageError(f"{path}: no {wrong[0]} as this version writes it; train it again")
     encoder = ResNet1D(**content["architecture"])
     load_strictly(encoder, plain_state(content["encoder"], path), path)
-    for name in ("lead", "sample_rate_hz", "preprocessing", "training_data"):
+    for name in (*inputs, "training_data"):
         setattr(encoder, name, content[name])
     return encoder.eval()
 
@@ -681,7 +682,8 @@ def whole_numbers(column, file: Path, low: int, high: int) -> np.ndarray:
     pandas = import_optional("pandas", "reading lists of records")
     numbers = pandas.to_numeric(column, errors="coerce").to_numpy(np.float64)
     is_right = (numbers >= low) & (numbers <= high) & (numbers == np.round(numbers))  # not NaN
-    for i in np.flatnonzero(~is_right):
+    if not is_right.all():
+        i = int(np.argmin(is_right))
         expected = f"not a whole number from {low} to {high}"
         raise UsageError(f"{file}, row {i + 1}: {column.name} is {column.iloc[i]!r}, {expected}")
     return numbers.astype(np.int64)
@@ -793,10 +795,12 @@ class SelfCuttingDataset(Dataset):
         if self.is_array:
             self.rows = self.array_rows(lead_names(leads or ()))
         elif not isinstance(records, Records):
-            for path in [records, *records]:
-                if isinstance(path, (str, os.PathLike)) == (path is records):
-                    kind = type(path).__name__
-                    raise UsageError(f"records of type {kind}: give a list of paths, or one array")
+            is_one_path = isinstance(records, (str, os.PathLike))
+            items = [] if is_one_path else list(records)
+            wrong = [item for item in items if not isinstance(item, (str, os.PathLike))]
+            if is_one_path or wrong:
+                kind = type((wrong or [records])[0]).__name__
+                raise UsageError(f"records of type {kind}: give a list of paths, or one array")
 
     def array_rows(self, names: tuple[str, ...]) -> list[int]:
         """Where the leads to read stand in an array whose rows are called `names`."""
@@ -1534,8 +1538,10 @@ def open_run(config: Config) -> Path:
     if config.resume:
         check_settings(config, settings, out)
     for name in ("single", "multi", "encoder", "compare"):
-        for path in np.ravel(getattr(config, name, None) or []).tolist():
-            lost = [out.resolve()] + [out.resolve() / name for name in RUN_FILES]
+        value = getattr(config, name, None) or []
+        paths = value if isinstance(value, list) else [value]
+        lost = [out.resolve()] + [out.resolve() / file for file in RUN_FILES]
+        for path in paths:
             if config.overwrite and Path(path).resolve() in lost:
                 raise UsageError(f"{as_flag(name)} {path}: --overwrite would remove it first")
     return out
