@@ -441,7 +441,6 @@ def draw_picture(text: str, path: Path) -> None:
         axes.annotate(mean, (float(high), y), (6, 0), textcoords="offset points", va="center")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="0.9")
     figure.savefig(path, dpi=150)
 
 
