@@ -635,7 +635,7 @@ def find_synthetic(data: str, seed: int) -> Records:
 
 
 def find_ptbxl(root: Path, sample_rate_hz: float) -> Records:
-    """PTB-XL 1.0.1 or 1.0.3; a statement counts at any likelihood, 0 included: its benchmark."""
+    """PTB-XL 1.0.1 or 1.0.3; a statement counts at any likelihood, as in its own benchmark."""
     file = root / "ptbxl_database.csv"
     is_low = sample_rate_hz <= 100 and (root / "records100").is_dir()
     path_column = "filename_lr" if is_low else "filename_hr"
@@ -736,7 +736,10 @@ def find_wfdb(root: Path) -> Records:
 
 def segment_names(header: Path) -> list[str]:
     """The records that a master header joins to one recording; of a plain header none."""
-    lines = header.read_text(errors="replace").splitlines()
+    try:
+        lines = header.read_text(errors="replace").splitlines()
+    except OSError:  # such as a link to nowhere: reading the record says so
+        return []
     lines = [line.split() for line in lines if line.strip() and not line.startswith("#")]
     if not lines or "/" not in lines[0][0]:  # "name/3 12 500 15000" has three segments
         return []
@@ -1537,10 +1540,10 @@ def open_run(config: Config) -> Path:
         raise UsageError(f"--resume: {out} is a run of the other script; give another --out")
     if config.resume:
         check_settings(config, settings, out)
+    lost = [out.resolve()] + [out.resolve() / name for name in RUN_FILES]
     for name in ("single", "multi", "encoder", "compare"):
         value = getattr(config, name, None) or []
         paths = value if isinstance(value, list) else [value]
-        lost = [out.resolve()] + [out.resolve() / file for file in RUN_FILES]
         for path in paths:
             if config.overwrite and Path(path).resolve() in lost:
                 raise UsageError(f"{as_flag(name)} {path}: --overwrite would remove it first")

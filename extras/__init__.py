@@ -1,0 +1,22 @@
+"""All that is beyond the method; each file is a command of its own: python -m extras.NAME."""
+
+import argparse
+import sys
+
+from selfmis import UsageError
+
+
+def run_action(action, flags: argparse.Namespace) -> None:
+    """action(flags) of a command that has --debug, which shows the traceback of an error.
+
+    What a user can cause is one sentence and exit code 2; else action's status, None or 0 if good.
+    """
+    try:
+        status = action(flags)
+    except UsageError as error:
+        if flags.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    if status:
+        sys.exit(status)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import selfmis
+from extras import run_action
 from extras.recordings import TEXT_FILES, check_recording, fill_gaps, header_of, read_recording
 from extras.synthetic import ecg_paper, save_picture
 from selfmis import LEADS, MI_TYPES, RecordError, UsageError, segment_names
@@ -410,18 +411,9 @@ def share(text: str) -> float:
 
 
 def run_command(action, parser: argparse.ArgumentParser, argv=None) -> None:
-    """What a user can cause is one sentence and exit code 2; --debug shows the traceback."""
+    """`run_action` with the flags of a command line, --debug among them."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    flags = parser.parse_args(argv)
-    try:
-        status = action(flags)
-    except UsageError as error:
-        if flags.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    if status:
-        sys.exit(status)
+    run_action(action, parser.parse_args(argv))
 
 
 def main(argv=None) -> None:

@@ -19,12 +19,12 @@ import argparse
 import functools
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from extras import run_action
 from extras.synthetic_tables import BEATS, DOWER, INDEPENDENT, INJURY, RESIDUAL, SCAR, TYPES
 from selfmis import LEADS, MI_TYPES, STATEMENTS, UsageError, import_optional, lead_names, read_ecg
 
@@ -664,13 +664,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("out", help="the picture: .png, .pdf or .svg")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except UsageError as error:
-        if arguments.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_action(arguments.run, arguments)
 
 
 if __name__ == "__main__":

@@ -384,3 +384,10 @@ def test_several_processes_give_the_gradients_of_one(ranks, tmp_path):
     )
     for _, grads in found:
         torch.testing.assert_close(tuple(grads), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_cosine_times_0_07_cannot_come_near_the_published_loss():
+    """The README's 84.3: a perfect row of 128, its own record at cosine 1, all strangers at -1."""
+    strangers = -torch.ones(127, 1)
+    row = torch.cat([torch.ones(1, 1), strangers])  # (128, 1)
+    assert float(siglip_loss(torch.ones(1, 1), row, scale=0.07)) == pytest.approx(84.3, abs=0.05)
