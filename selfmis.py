@@ -105,7 +105,8 @@ class SameConv1d(nn.Module):
     """Convolution (B, C, 1, T) -> (B, C', 1, ceil(T / stride)), padded with zeros.
 
     An odd number of zeros puts the extra one on the right.  Signals have four dimensions in here
-    because only such tensors can have the channels-last layout that the fast kernels want.
+    because only such tensors can have the channels-last layout, in which the channels of a sample
+    are neighbours in memory.
     """
 
     def __init__(
@@ -118,6 +119,9 @@ class SameConv1d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (kernel,) = self.conv.kernel_size
         (stride,) = self.conv.stride
+        if kernel == 1:  # a matrix product, which is faster than a convolution in small batches
+            weight = self.conv.weight.flatten(1)  # (C', C)
+            return F.linear(x.movedim(1, -1), weight, self.conv.bias).movedim(-1, 1)
         T = x.shape[-1]
         zeros = max(0, (math.ceil(T / stride) - 1) * stride + kernel - T)
         left = zeros // 2
@@ -1198,7 +1202,7 @@ class Config:
     lr: float = flag(1e-4, "peak learning rate, cosine to 0")
     amp: str = flag(
         "auto",
-        "mixed precision; auto: bf16 on a GPU that has it, fp16 on others, else off",
+        "mixed precision; auto: bf16 where GPU or CPU have it, fp16 on other GPUs, else off",
         choices=("auto", "bf16", "fp16", "off"),
     )
     workers: int | None = flag(None, "processes that read records (default: the cores)")
@@ -1311,7 +1315,10 @@ def run_script(main, config_class, description: str) -> None:
 
 
 class Ranks(NamedTuple):
-    """Who this process is among all that torchrun started; without torchrun rank 0 of 1."""
+    """Who this process is among all that torchrun started; without torchrun rank 0 of 1.
+
+    One process under torchrun makes the same exchanges as many do, with itself.
+    """
 
     rank: int
     world_size: int
@@ -1323,23 +1330,28 @@ class Ranks(NamedTuple):
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether torchrun started it."""
+        return self.long_wait_group is not None
+
     def print(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
     def barrier(self) -> None:
         """Wait for all; half an hour at most, as in every other exchange."""
-        if self.world_size > 1:
+        if self.is_joined:
             dist.barrier()
 
     def long_barrier(self) -> None:
         """Wait for all, for hours if need be: one may have to read a slower disk."""
-        if self.world_size > 1:
+        if self.is_joined:
             dist.barrier(group=self.long_wait_group)
 
     def gather_objects(self, mine) -> list:
         """Everybody's `mine`, in the order of ranks, on every process."""
-        if self.world_size == 1:
+        if not self.is_joined:
             return [mine]
         everybody = [None] * self.world_size
         dist.all_gather_object(everybody, mine)
@@ -1347,7 +1359,7 @@ class Ranks(NamedTuple):
 
     def gather_rows(self, mine: torch.Tensor, n: int) -> torch.Tensor:
         """Rows 0 ... n - 1 on every process, when this one holds rank, rank + world size, ..."""
-        if self.world_size == 1:
+        if not self.is_joined:
             return mine
         longest = math.ceil(n / self.world_size)
         padded = torch.zeros(longest, *mine.shape[1:], dtype=mine.dtype, device=self.device)
@@ -1385,7 +1397,7 @@ def join_ranks(device: str, seed: int) -> Ranks:
         # torchrun's own 1 would leave cores idle.
         torch.set_num_threads(max(1, available_cores() // local_world_size))
     long_wait_group = None
-    if world_size > 1:
+    if "WORLD_SIZE" in os.environ:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         # After a restart torchrun's store still has the addresses of the dead processes, so each
         # attempt gets names of its own.
@@ -1684,9 +1696,20 @@ def choose_amp(amp: str, device: torch.device) -> str:
     """What --amp auto comes to here: bf16, fp16 or off."""
     if amp != "auto":
         return amp
-    if device.type != "cuda":
-        return "off"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp16"
+    if device.type == "cpu" and cpu_has_bf16():
+        return "bf16"
+    return "off"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies matrices of bf16 itself (AVX512-BF16 or AMX)."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch, which does not tell
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
 
 
 class Learner:
@@ -1702,7 +1725,7 @@ class Learner:
         if config.compile:
             model.encoder.compile(mode="reduce-overhead")
         self.step_model = model  # what a training step calls
-        if ranks.world_size > 1:
+        if ranks.is_joined:
             devices = [self.device] if self.device.type == "cuda" else None
             self.step_model = nn.parallel.DistributedDataParallel(model, device_ids=devices)
 
@@ -1897,7 +1920,11 @@ class Pairs:
         return embed(self.teacher, multi_ecg, self.device).half().numpy()
 
     def on_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device).float()
+        """float32; a GPU computes on while the next batch is read and copied."""
+        tensor = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # a copy from other memory would wait for all steps
+        return tensor.to(self.device, non_blocking=True).float()
 
     def places(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Where rows lie: (collection, which of them lie there, their rows in its arrays)."""

@@ -320,7 +320,7 @@ def all_targets(targets: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, int]
 
     They are constants, so no gradient is lost on the way.
     """
-    if ranks.world_size == 1:
+    if not ranks.is_joined:
         return targets, 0
     parts = [torch.empty_like(targets) for _ in range(ranks.world_size)]
     dist.all_gather(parts, targets)
@@ -334,7 +334,7 @@ def read_losses(run: Training, unread: list[tuple[np.ndarray, torch.Tensor]]) ->
     """
     losses = torch.stack([loss for _, loss in unread])
     own = losses.clone()  # all_reduce writes over its argument
-    if run.ranks.world_size > 1:
+    if run.ranks.is_joined:
         dist.all_reduce(losses)
         losses /= run.ranks.world_size
     losses = losses.cpu()

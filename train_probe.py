@@ -551,7 +551,7 @@ def train_one_epoch(run: Finetuning) -> dict:
         lr = selfmis.cosine_lr(config.lr, run.epoch * steps + step, config.epochs * steps)
         run.learner.optimizer.param_groups[0]["lr"] = lr
         logits = run.learner.forward(signals).float()  # (B, K)
-        target = extractor.labels[rows].to(ranks.device)
+        target = extractor.pairs.on_device(extractor.labels[rows].numpy())  # (B, K)
         loss = F.binary_cross_entropy_with_logits(logits, target)
         run.learner.update(loss)
         losses.append(loss.detach())

@@ -1,79 +1,40 @@
 """Speed, memory and growth on the machine at hand.
 
-    python -m extras.speed                 all but gpu, some twenty minutes on two cores
+    python -m extras.speed                 all but gpu, some twenty-five minutes on two cores
     python -m extras.speed cost detect     only these
-    python -m extras.speed gpu             the training step on a GPU
-    python -m extras.speed gpu --device cpu --mini     the same code in seconds: does it run?
+    python -m extras.speed gpu             what a GPU does, nine minutes at most
+    python -m extras.speed gpu --device cpu --mini     the same code in half a minute: does it run?
 
 cost       Table 4: parameters, multiply-accumulates, records/s and memory of the encoders
+network    forward and training step beside ECGFounder's network, built layer by layer
 pipeline   one pass and a cache, beside a loop that reads and embeds in every epoch
 probe      features once, beside an encoder that runs in every epoch
 metrics    roc_auc and retrieval of large sets
 detect     one recording through a detector
 simulator  synthesize beside NeuroKit2's simulator (pip install neurokit2)
 growth     the pass over 1,000, 10,000 and 100,000 records
-gpu        the step of alignment by precision, eager and compiled
+gpu        extras/speed_gpu.py
 """
 
 import argparse
-import resource
-import sys
 import tempfile
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import selfmis
-import train_pretrain
 import train_probe
+from extras import speed_gpu
 from extras.detect import PROBE_KEYS, load_detector, run_command
 from extras.synthetic import synthesize
-from selfmis import LEADS, SIZES, STATEMENTS, InputSpec, Learner, Ranks, ResNet1D, SelfMIS
-from selfmis import UsageError
+from extras.timing import ALONE, LayeredResNet1D, count_macs, in_turns, input_spec, make_learner
+from extras.timing import median_seconds, peak_mib, train_step, write_records
+from selfmis import SIZES, STATEMENTS, ResNet1D, UsageError
 from train_pretrain import PretrainConfig
-
-TINY = dict(stem=16, widths=[16, 32], depths=[1, 1])  # the encoder of --mini
-ALONE = Ranks(0, 1, 1, torch.device("cpu"))
-
-
-def median_seconds(function, repeats: int = 5) -> float:
-    """Of a call, after one that does not count."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
-
-
-def peak_mib() -> float:
-    """The most memory that this process has held."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def input_spec(rate_hz: float) -> InputSpec:
-    return InputSpec("I", rate_hz, dict(normalize="zscore", filter="none"))
-
-
-def make_learner(encoder: ResNet1D, ranks: Ranks, **settings) -> Learner:
-    """An encoder ready to be aligned, as train_pretrain.py makes it."""
-    config = PretrainConfig(**settings)
-    model = SelfMIS(encoder, config.loss).to(ranks.device)
-    return Learner(model, train_pretrain.make_optimizer(model, config), config, ranks)
-
-
-def train_step(learner: Learner, signals: torch.Tensor, targets: torch.Tensor) -> None:
-    """One step of alignment, waited for: signals (B, 1, T), targets (B, D)."""
-    learner.update(learner.forward(signals, targets))
-    if learner.device.type == "cuda":
-        torch.cuda.synchronize()
-
 
 # --------------------------------------------------------------------------------------------------
 # Parts
@@ -100,11 +61,44 @@ def cost(device: torch.device) -> None:
     print(train_probe.as_markdown(lines))
 
 
-def count_macs(encoder: ResNet1D, rate_hz: int) -> int:
-    """Multiply-accumulates of convolutions and linear layers for 10 s; nothing is computed."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        ResNet1D(**encoder.architecture)(torch.empty(1, encoder.leads, 10 * rate_hz))
-    return counter.get_total_flops() // 2
+def network() -> None:
+    """Milliseconds of theirs / ours, and the ratio: above 1 ours is faster."""
+    torch.manual_seed(0)
+    ours = ResNet1D(1)
+    theirs = LayeredResNet1D(ours)
+    x = torch.randn(2, 1, 5000)
+    with torch.no_grad():
+        difference = float((theirs(x) - ours(x)).abs().max() / ours(x).abs().max())
+    print(f"embeddings differ by {difference:.0e} of the largest")
+    print("pass | precision | threads | T | 1 record | 8 records | 64 records", flush=True)
+    usual_threads = torch.get_num_threads()
+    passes = dict(forward=forward, training=forward_and_backward)
+    for name, amp, threads, T in product(passes, ("off", "bf16"), (1, 2), (1000, 5000)):
+        torch.set_num_threads(threads)
+        cells = []
+        for B in (1, 8, 64):
+            x = torch.randn(B, 1, T)
+            call = partial(passes[name], x=x, amp=amp)
+            seconds = in_turns({"theirs": partial(call, theirs), "ours": partial(call, ours)})
+            t, o = 1000 * seconds["theirs"], 1000 * seconds["ours"]
+            cells.append(f"{t:.0f} / {o:.0f} = {t / o:.2f}")
+        print(" | ".join([name, amp, str(threads), str(T), *cells]), flush=True)
+    torch.set_num_threads(usual_threads)
+
+
+def forward(encoder, x: torch.Tensor, amp: str) -> None:
+    with torch.no_grad():
+        embed(encoder, x, amp)
+
+
+def forward_and_backward(encoder, x: torch.Tensor, amp: str) -> None:
+    embed(encoder, x, amp).square().sum().backward()
+    encoder.zero_grad()
+
+
+def embed(encoder, x: torch.Tensor, amp: str) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
+        return encoder(x).float()
 
 
 def pipeline() -> None:
@@ -140,24 +134,19 @@ def time_pipeline(folder: Path, n: int = 192, batch: int = 16) -> dict[str, floa
     def read_cache() -> list:
         return list(pairs.batches(np.array_split(rows, n // batch)))
 
+    def read_headers() -> list:
+        wfdb = selfmis.import_optional("wfdb", "reading headers")
+        return [wfdb.rdheader(records.name(i)) for i in range(2 * batch)]
+
     signals, targets = read_cache()[0]
     multi = torch.stack([multi for _, multi in read()])  # (2 B, 12, T), what `embed` likes
     embed = partial(selfmis.embed, teacher, multi, ALONE.device)
     cost["reading it"] = median_seconds(read) / len(multi)
+    cost["of that, its header"] = median_seconds(read_headers) / len(multi)
     cost["teacher"] = median_seconds(embed, 3) / len(multi)
     cost["student"] = median_seconds(partial(train_step, learner, signals, targets), 3) / batch
     cost["reading the cache"] = median_seconds(read_cache) / n
     return cost
-
-
-def write_records(folder: Path, n: int) -> None:
-    """n synthetic WFDB records."""
-    wfdb = selfmis.import_optional("wfdb", "writing records")
-    folder.mkdir()
-    units, formats = ["mV"] * len(LEADS), ["16"] * len(LEADS)
-    for i, ecg in enumerate(synthesize(n, 0)[0]):
-        signal = ecg.T.astype(np.float64)  # (T, 12)
-        wfdb.wrsamp(f"{i:05}", 500, units, list(LEADS), signal, fmt=formats, write_dir=str(folder))
 
 
 def probe() -> None:
@@ -236,33 +225,6 @@ def growth() -> None:
         print(f"{n:,} records: {milliseconds:.2f} ms a record, peak memory {peak_mib():,.0f} MiB")
 
 
-def gpu(ranks: Ranks, mini: bool) -> None:
-    """The step of alignment: full network, T = 5000, batch 128; on a GPU compiled too."""
-    batch, T, repeats, architecture = 128, 5000, 12, SIZES["ecgfounder"]
-    if mini:
-        batch, T, repeats, architecture = 8, 500, 2, TINY
-    is_cuda = ranks.device.type == "cuda"
-    variants = [("off", False), ("bf16", False), ("fp16", False)]
-    if is_cuda:
-        variants += [(amp, True) for amp, _ in variants]
-    signals = torch.randn(batch, 1, T, device=ranks.device)
-    targets = torch.randn(batch, architecture["widths"][-1], device=ranks.device)
-    for amp, is_compiled in variants:
-        learner = make_learner(ResNet1D(1, **architecture), ranks, amp=amp, compile=is_compiled)
-        step = partial(train_step, learner, signals, targets)
-        for _ in range(3):  # kernels are chosen and compiled
-            step()
-        memory = ""
-        if is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds = median_seconds(step, repeats)
-        if is_cuda:
-            memory = f", peak {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB"
-        form = "compiled" if is_compiled else "eager"
-        text = f"{1000 * seconds:.1f} ms a step, {batch / seconds:,.0f} records/s{memory}"
-        print(f"amp {amp}, {form}: {text}", flush=True)
-
-
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
@@ -270,10 +232,10 @@ def gpu(ranks: Ranks, mini: bool) -> None:
 
 def run_parts(flags: argparse.Namespace) -> None:
     ranks = selfmis.join_ranks(flags.device, seed=0)
-    parts = dict(cost=partial(cost, ranks.device), pipeline=pipeline, probe=probe, metrics=metrics)
-    parts |= dict(detect=detect, simulator=simulator, growth=growth)
+    parts = dict(cost=partial(cost, ranks.device), network=network, pipeline=pipeline, probe=probe)
+    parts |= dict(metrics=metrics, detect=detect, simulator=simulator, growth=growth)
     chosen = flags.parts or list(parts)
-    parts["gpu"] = partial(gpu, ranks, flags.mini)
+    parts["gpu"] = partial(speed_gpu.run_all, ranks.device.type, flags.mini)
     unknown = [part for part in chosen if part not in parts]
     if unknown:
         raise UsageError(f"no part {unknown[0]}; there are {', '.join(parts)}")

@@ -7,12 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import HERE
 
 import selfmis
 import train_pretrain
 import train_probe
-from extras import evidence, speed
+from extras import evidence, speed, speed_gpu, timing
 
 CONFIGS = {
     "train_pretrain.py": train_pretrain.PretrainConfig,
@@ -116,15 +117,45 @@ def test_picture_and_readme_table_are_drawn_from_the_results(tmp_path, monkeypat
     assert (tmp_path / "results.png").read_bytes() != drawn
 
 
-def test_the_gpu_part_runs_in_miniature_and_the_detector_loads(capsys):
-    speed.main(["gpu", "detect", "--device", "cpu", "--mini"])
-    text = capsys.readouterr().out
-    assert text.count("ms a step") == 3 and "ms" in text.partition("\ndetect\n")[2]
+def test_all_that_a_gpu_must_show_runs_in_miniature(capfd):
+    """Every part but the compiled step, which needs a GPU."""
+    speed.main(["gpu", "--device", "cpu", "--mini"])
+    text = capfd.readouterr().out
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    eager = [f"step, {amp}, eager" for amp in ("bf16", "fp16", "off")]
+    assert set(eager) < set(rows) and rows[-1] == "torchrun: probe"
+    assert text.count("losses finite") == 3 and "NOT FINITE" not in text
+    assert "| loss of 30 steps, float32 | 0.0e+00 apart |" in text
+    assert text.count("differ by") == 2 and "cut off" not in text
+
+
+def test_a_part_that_hangs_or_fails_costs_no_other(monkeypatch, capfd):
+    parts = dict(rates=(None, 0.01), teacher=(None, 60))
+    monkeypatch.setattr(speed_gpu, "PARTS", parts)
+    with pytest.raises(SystemExit, match="not finished: rates$"):
+        speed_gpu.run_all("cpu", mini=True)
+    text = capfd.readouterr().out
+    assert "| rates | cut off |" in text and "| teacher, float32 |" in text
+
+
+def test_the_detector_is_timed_and_an_unknown_part_refused(capsys):
+    speed.main(["detect", "--device", "cpu"])
+    assert "full network" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         speed.main(["nonsense"])
     assert "no part nonsense" in capsys.readouterr().err
 
 
+def test_the_original_layer_by_layer_embeds_as_ours():
+    torch.manual_seed(0)
+    ours = selfmis.ResNet1D(1, stem=16, widths=[32, 64], depths=[2, 1])
+    theirs = timing.LayeredResNet1D(ours)
+    x = torch.randn(3, 1, 515)  # odd lengths on the way
+    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-5, atol=1e-6)
+    speed.forward_and_backward(theirs, x, "bf16")
+    assert all(p.grad is None for p in theirs.parameters())
+
+
 def test_cost_counts_what_the_paper_counts():
-    macs = [speed.count_macs(selfmis.ResNet1D(leads), 500) for leads in (1, 12)]
+    macs = [timing.count_macs(selfmis.ResNet1D(leads), 500) for leads in (1, 12)]
     assert sum(macs) / 1e9 == pytest.approx(2.309, abs=5e-4)

@@ -163,3 +163,16 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path, ptbxl, tiny, capsys):
     assert "warning: --warmup 4 is longer than the run" in capsys.readouterr().out
     main(make(tmp_path, ptbxl, tiny, "b", warmup=3))
     assert "is longer than the run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "capabilities, auto",
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "off")],
+)
+def test_auto_is_bf16_where_the_processor_has_it(monkeypatch, capabilities, auto):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert selfmis.choose_amp("auto", cpu) == auto
+    assert selfmis.choose_amp("off", cpu) == "off"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
+    assert selfmis.choose_amp("auto", cpu) == "off"
