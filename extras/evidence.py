@@ -40,7 +40,8 @@ FULL = "--size ecgfounder --sample-rate 100 --amp bf16"
 FINETUNE = "train_probe.py --finetune --epochs 8 --amp off"
 PROBE = "train_probe.py --encoder"
 LONG_PROBE = "train_probe.py --epochs 100 --patience 100 --encoder"
-TENTH = "train_probe.py --finetune --fractions 0.1 --amp off"  # another tenth of the labels for each seed
+# Another tenth of the labels for each seed.
+TENTH = "train_probe.py --finetune --fractions 0.1 --amp off"
 TENTH_PROBE = "train_probe.py --fractions 0.1 --head logistic --encoder"
 SHARES = "--fractions 0.02 0.05 0.1 0.25 0.5 1 --seeds 5 --head logistic --baseline"
 ALIGN = "train_pretrain.py --lr 1e-3 --warmup 50 --epochs 8 --amp off"
