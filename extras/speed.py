@@ -239,6 +239,8 @@ def run_parts(flags: argparse.Namespace) -> None:
     unknown = [part for part in chosen if part not in parts]
     if unknown:
         raise UsageError(f"no part {unknown[0]}; there are {', '.join(parts)}")
+    if "gpu" in chosen and ranks.device.type != "cuda" and not flags.mini:
+        raise UsageError("gpu: there is none; --mini runs the same code in miniature on the CPU")
     device = "CPU"
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name()
