@@ -325,8 +325,24 @@ def load_ecgfounder(path: str | os.PathLike, leads: int) -> ResNet1D:
     return encoder.eval()
 
 
+ENCODERS = {"ResNet1D": ResNet1D}  # by the name in a checkpoint; extras.baselines adds its own
+
+
+def network_class(name: str, path: str | os.PathLike):
+    """The class of an encoder; a file can name those of ENCODERS and nothing else."""
+    if name not in ENCODERS:
+        try:
+            importlib.import_module("extras.baselines")
+        except ModuleNotFoundError as error:
+            if error.name not in ("extras", "extras.baselines"):
+                raise
+    if name not in ENCODERS:
+        raise UsageError(f"{path}: a network {name!r}; there are {', '.join(ENCODERS)}")
+    return ENCODERS[name]
+
+
 def load_encoder(path: str | os.PathLike) -> ResNet1D:
-    """The encoder in any file: of train_pretrain.py, of train_probe.py or of ECGFounder.
+    """The encoder in any file: of train_pretrain.py, train_probe.py, a baseline or ECGFounder.
 
     In eval mode.  Its attributes say how to feed it: lead ("I", ... or "all"), sample_rate_hz and
     preprocessing (keyword arguments of `preprocess`; None: ECGFounder's file does not say), and
@@ -345,7 +361,8 @@ def load_encoder(path: str | os.PathLike) -> ResNet1D:
     wrong += [name for name in inputs if name not in content]
     if wrong:
         raise UsageError(f"{path}: no {wrong[0]} as this version writes it; train it again")
-    encoder = ResNet1D(**content["architecture"])
+    network = network_class(content.get("network", "ResNet1D"), path)
+    encoder = network(**content["architecture"])
     load_strictly(encoder, plain_state(content["encoder"], path), path)
     for name in (*inputs, "training_data"):
         setattr(encoder, name, content[name])
@@ -1671,6 +1688,7 @@ def encoder_content(encoder: ResNet1D, spec: InputSpec, seen: list[dict]) -> dic
     """The part of every checkpoint that `load_encoder` reads."""
     weights = {key: value.detach().cpu().clone() for key, value in encoder.state_dict().items()}
     content = dict(encoder=weights, architecture=encoder.architecture, training_data=seen)
+    content["network"] = type(encoder).__name__
     return content | spec._asdict()
 
 

@@ -97,6 +97,13 @@ class Training:
     best: float = math.inf  # lowest validation loss
     last_entry: dict = dataclasses.field(default_factory=dict)  # of log.jsonl, of a whole epoch
 
+    def step_loss(self, rows: np.ndarray, signals, targets) -> torch.Tensor:
+        """Eq. (2) and (3) of this process's part of a batch."""
+        offset = 0
+        if not self.config.local_negatives:
+            targets, offset = all_targets(targets, self.ranks)
+        return self.learner.forward(signals, targets, offset)
+
 
 PROGRESS = ("epoch", "step", "losses", "best", "last_entry")
 
@@ -152,13 +159,14 @@ def open_encoders(config: PretrainConfig) -> tuple[ResNet1D, ResNet1D, InputSpec
     if spec.lead == "all":
         raise UsageError("--lead all: pre-training aligns one lead; name it")
     # A random encoder is built like the other one, or in the size that is asked for.
-    shape = selfmis.SIZES[config.size or "ecgfounder"]
+    network, shape = ResNet1D, selfmis.SIZES[config.size or "ecgfounder"]
     if opened:
-        shape = next(iter(opened.values())).architecture
+        other = next(iter(opened.values()))
+        network, shape = type(other), other.architecture
     if single is None:
-        single = ResNet1D(**{**shape, "leads": 1})
+        single = network(**{**shape, "leads": 1})
     if teacher is None:
-        teacher = ResNet1D(**{**shape, "leads": 12})
+        teacher = network(**{**shape, "leads": 12})
     if single.embedding_dim != teacher.embedding_dim:
         raise UsageError(
             f"--single embeds in {single.embedding_dim} dimensions, --multi in "
@@ -294,10 +302,7 @@ def train_one_epoch(run: Training) -> None:
             group["lr"] = selfmis.cosine_lr(
                 group["peak"], steps_done, config.epochs * steps, config.warmup
             )
-        offset = 0
-        if not config.local_negatives:
-            targets, offset = all_targets(targets, ranks)
-        loss = run.learner.forward(signals, targets, offset)
+        loss = run.step_loss(rows, signals, targets)
         run.learner.update(loss)
         run.step += 1
         unread.append((rows, loss.detach()))

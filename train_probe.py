@@ -316,7 +316,7 @@ def probe_frozen(
     features = {"": {name: extractor.features(rows) for name, rows in split.items()}}
     if config.baseline:
         torch.manual_seed(config.seed)
-        extractor.encoder = ResNet1D(**encoder.architecture).to(extractor.ranks.device)
+        extractor.encoder = type(encoder)(**encoder.architecture).to(extractor.ranks.device)
         random = {name: extractor.features(rows) for name, rows in split.items()}
         features[BASELINE] = random
     heads = []

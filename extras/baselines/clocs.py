@@ -1,0 +1,61 @@
+"""CLOCS, contrastive learning over time (CMSC): the two halves of one record are a pair.
+
+    python -m extras.baselines.clocs --data ptb-xl --sample-rate 100 --size small --out runs/clocs
+
+A record is scored (z-score of all its leads), cut into two halves of five seconds, and InfoNCE over
+the batch asks which second half belongs to which first half.  Published (Kiyasseh et al. 2021): one
+lead, three convolutions and a linear layer; the SelfMIS paper's 90.37 M parameters are those of
+the conv-transformer on twelve leads, and that is the network here.  Departures: records of one
+patient in one batch are no extra pairs; AdamW with a cosine.
+
+--self-cut is ours: each half shows, with probability 1/2, all leads or lead I alone, scored alone,
+beside eleven rows of zeros: a SelfMIS that needs neither labels nor a teacher.
+"""
+
+import dataclasses
+
+import torch
+
+from extras.baselines.common import BaselineConfig, Method, embed_segment, halves, run_baseline
+from extras.baselines.common import make_encoder, to_view, zscore
+from extras.baselines.losses import gather, info_nce
+from selfmis import UsageError, flag, with_empty_leads
+
+
+@dataclasses.dataclass
+class ClocsConfig(BaselineConfig):
+    out: str = flag("runs/clocs", "folder of the run", metavar="DIR")
+    self_cut: bool = flag(False, "each half shows all leads or lead I alone, at random")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.self_cut and self.leads == 1:
+            raise UsageError("--self-cut: it needs --leads 12")
+
+
+class CLOCS(Method):
+    """InfoNCE between the two halves of a record."""
+
+    def __init__(self, config: ClocsConfig) -> None:
+        super().__init__(config)
+        self.encoder = make_encoder(config)
+
+    def forward(self, ecg, patients, draw):
+        views = halves(zscore(to_view(ecg, self.config.leads)))  # (B, L, T / 2) twice
+        if self.config.self_cut:
+            alone = with_empty_leads(zscore(to_view(ecg, 1)), self.encoder, "I")
+            views = [
+                choose(whole, cut, draw) for whole, cut in zip(views, halves(alone), strict=True)
+            ]
+        a, b = (gather(embed_segment(self.encoder, view)) for view in views)  # (W B, D)
+        return info_nce(a, b), {}
+
+
+def choose(whole: torch.Tensor, cut: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """(B, L, T): of each record one of the two, with equal probability."""
+    is_cut = torch.rand(len(whole), 1, 1, generator=draw) < 0.5
+    return torch.where(is_cut.to(whole.device), cut, whole)
+
+
+if __name__ == "__main__":
+    run_baseline(CLOCS, ClocsConfig, __doc__)

@@ -1,0 +1,304 @@
+"""What all baselines share: settings, the training loop, checkpoints, views.
+
+A baseline is a `Method`: it makes its views of a batch of twelve-lead records, embeds them and
+returns its loss.  All else is train_pretrain.py's: the same cache, steps, losses that must stay
+finite, progress lines and --resume.  Labels are never looked at.
+
+The budget of `--size small` is the one of all methods of the benchmark: 8 epochs of 128 records,
+AdamW (0.9, 0.98), weight decay 0.01, 50 steps of warm-up, then a cosine to 0, and the weights of
+the last epoch.  Without it size, epochs, batch and rate are the published ones; the schedule stays.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import selfmis
+import train_pretrain
+from extras.baselines.transformer import CONV_SIZES, ConvTransformer
+from selfmis import SIZES, Config, InputSpec, ResNet1D, UsageError, flag, lead_index
+from train_pretrain import Training
+
+SMALL_BUDGET = dict(epochs=8, batch_size=128, lr=5e-4, warmup=50)
+
+
+@dataclasses.dataclass
+class BaselineConfig(Config):
+    """Flags of every baseline; None: follows from --size."""
+
+    out: str = flag("runs/baseline", "folder of the run", metavar="DIR")
+    size: str | None = flag(None, "small; default: as published", choices=("small",))
+    leads: int = flag(
+        12, "what it sees: twelve leads, as published, or lead I alone", choices=(1, 12)
+    )
+    epochs: int | None = flag(None, "passes over the records (small: 8, else as published)")
+    batch_size: int | None = flag(None, "records of one process (small: 128, else as published)")
+    lr: float | None = flag(None, "peak rate, cosine to 0 (small: 5e-4, else as published)")
+    warmup: int | None = flag(None, "steps of linear warm-up (small: 50, else 0)")
+    weight_decay: float = flag(0.01, "of AdamW")
+    encoder: str = flag(
+        "transformer",
+        "of simclr, three_kg and clocs: their network, or this repository's ResNet1D",
+        choices=("transformer", "resnet"),
+    )
+    published: bool = flag(False, "views exactly as published, where ours are milder")
+    val_records: int = flag(5000, "the last N records of a list without folds validate")
+    save_seconds: float = flag(600.0, "between two saves of last.pt within an epoch")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lead not in (None, "I"):
+            raise UsageError(f"--lead {self.lead}: give --leads 1 for lead I, --leads 12 for all")
+        if self.normalize not in (None, "zscore"):
+            raise UsageError(f"--normalize {self.normalize}: views are always scored")
+
+    def demonstration(self) -> dict:
+        return dict(data=["synthetic:3000"], size="small", sample_rate=100)
+
+    demonstrates = "a demonstration on synthetic ECG"
+    loss: ClassVar[str] = "of the method"  # what train_pretrain.py's lines ask for
+    local_negatives: ClassVar[bool] = False
+
+
+class Method(nn.Module):
+    """An encoder and how it is pre-trained.
+
+    `encoder` is what a probe reads; everything else serves the loss and is thrown away.
+    """
+
+    published: ClassVar[dict] = dict(epochs=200, batch_size=64, lr=5e-5, warmup=0)
+    encoder: nn.Module  # (B, leads, T) -> (B, D)
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, ecg: torch.Tensor, patients: torch.Tensor, draw: torch.Generator
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, and numbers worth a look.
+
+        ecg: (B, 12, T) in mV.  patients: (B,) int64.  draw: every random number of a view comes
+        from it, and it is a function of (seed, epoch, step, process), so that a resumed run sees
+        the same views.
+        """
+        raise NotImplementedError
+
+
+# --------------------------------------------------------------------------------------------------
+# Views
+# --------------------------------------------------------------------------------------------------
+
+
+def to_view(ecg: torch.Tensor, leads: int) -> torch.Tensor:
+    """(B, 12, T) -> (B, leads, T): all of them, or lead I alone."""
+    if leads == 1:
+        return ecg[:, lead_index("I"), None]
+    return ecg
+
+
+def zscore(x: torch.Tensor) -> torch.Tensor:
+    """(B, L, T) minus its mean, over its deviation, all leads together, as `preprocess` does it."""
+    deviation = x.std((1, 2), correction=0, keepdim=True)
+    deviation = torch.where(deviation > 0, deviation, 1)  # a flat view stays flat
+    return (x - x.mean((1, 2), keepdim=True)) / deviation
+
+
+def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second five seconds: (B, L, T) -> (B, L, T // 2) twice."""
+    T = x.shape[-1] // 2
+    return x[..., :T], x[..., T : 2 * T]
+
+
+def random_segment(ecg: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Five seconds of each record, from anywhere: (B, L, T) -> (B, L, T // 2)."""
+    B, L, T = ecg.shape
+    start = torch.randint(T - T // 2 + 1, (B, 1, 1), generator=draw)
+    columns = start + torch.arange(T // 2)  # (B, 1, T // 2)
+    return ecg.gather(2, columns.expand(B, L, -1).to(ecg.device))
+
+
+def recompute_limbs(ecg: torch.Tensor) -> torch.Tensor:
+    """(B, 12, T) with III, aVR, aVL and aVF as they follow from I and II."""
+    one, two = ecg[:, 0], ecg[:, 1]  # I and II
+    limbs = [one, two, two - one, -(one + two) / 2, one - two / 2, two - one / 2]
+    return torch.cat([torch.stack(limbs, 1), ecg[:, 6:]], 1)
+
+
+def make_encoder(config: BaselineConfig) -> nn.Module:
+    """The network of SimCLR, 3KG and CLOCS."""
+    if config.encoder == "resnet":
+        return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
+    return ConvTransformer(config.leads, **CONV_SIZES[config.size or "published"])
+
+
+def embed_segment(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """One segment of five seconds, (B, L, T) -> (B, D), in whichever network."""
+    if isinstance(encoder, ResNet1D):
+        return encoder(x)
+    return encoder.embed_segment(x)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: train_pretrain.py's, with another loss
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class BaselineTraining(Training):
+    """train_pretrain.py's run, whose steps are those of a Method."""
+
+    def step_loss(self, rows: np.ndarray, signals, targets) -> torch.Tensor:
+        draw = generator(self.config.seed, self.epoch, self.step, self.ranks.rank)
+        torch.manual_seed(draw.initial_seed())  # for dropout, which takes no generator
+        return self.learner.forward(signals, self.patients(rows), draw)[0]
+
+    def patients(self, rows: np.ndarray) -> torch.Tensor:
+        """(B,) int64, different for patients of different collections."""
+        keys = self.pairs.dataset.records[rows].patient_keys()
+        return torch.from_numpy(keys).to(self.ranks.device)
+
+
+def generator(*key: int) -> torch.Generator:
+    """A stream of random numbers that is a function of these."""
+    (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(seed))
+
+
+def with_budget(config: BaselineConfig, method_class: type[Method]) -> BaselineConfig:
+    """The settings with what follows from --size, where no flag says otherwise."""
+    budget = SMALL_BUDGET if config.size == "small" else method_class.published
+    missing = {name: value for name, value in budget.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def main(method_class: type[Method], config: BaselineConfig) -> dict:
+    """Pre-train by one method; returns the last epoch's line of log.jsonl."""
+    config = with_budget(config, method_class)
+    ranks = selfmis.join_ranks(config.device, config.seed)
+    out = selfmis.open_run(config)
+    rate_hz = config.sample_rate or 500.0
+    records = selfmis.gather_records(config, rate_hz, train_pretrain.SYNTHETIC_STREAM)
+    train_rows, val_rows = train_pretrain.split(records, config, ranks)
+    last = selfmis.read_last(config, out, ranks)
+    if last is not None and last["epoch"] == config.epochs:
+        ranks.print(f"{out}: finished already")
+        return last["last_entry"]
+
+    # Views are made in mV out of all leads, and scored afterwards.
+    cached = InputSpec("all", rate_hz, dict(normalize="none", filter=config.filter or "none"))
+    rows = np.concatenate([train_rows, val_rows])
+    pairs = selfmis.read_pairs(config, records, rows, cached, ranks)
+    train_rows = train_rows[np.isin(train_rows, pairs.usable)]
+    val_rows = val_rows[np.isin(val_rows, pairs.usable)]
+    train_pretrain.check_counts(train_rows, val_rows, config, ranks)
+    method = method_class(config).to(ranks.device)
+    run = BaselineTraining(
+        config=config,
+        ranks=ranks,
+        out=out,
+        spec=InputSpec(
+            "I" if config.leads == 1 else "all",
+            rate_hz,
+            dict(cached.preprocessing, normalize="zscore"),
+        ),
+        pairs=pairs,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        model=method,
+        learner=selfmis.Learner(method, make_optimizer(method, config), config, ranks),
+        training_data=selfmis.training_data(records[train_rows], records[:0], labels=False),
+        val_targets=torch.empty(0),
+        teacher_digest="",
+    )
+    if last is None:
+        selfmis.begin_run(out, config, describe(run), ranks)
+        train_pretrain.save_last(run)
+    else:
+        train_pretrain.resume(run, last)
+    while run.epoch < config.epochs:
+        train_pretrain.train_one_epoch(run)
+        finish_epoch(run, validate(run))
+    ranks.print(f"next: python train_probe.py --encoder {out / 'best.pt'} --lead I")
+    return run.last_entry
+
+
+def make_optimizer(method: Method, config: BaselineConfig) -> torch.optim.Optimizer:
+    groups = [dict(params=list(method.parameters()), peak=config.lr)]
+    weight_decay = config.weight_decay
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=weight_decay
+    )
+
+
+def describe(run: BaselineTraining) -> dict:
+    """Say what is going to happen, and return it for config.json."""
+    config, ranks = run.config, run.ranks
+    parameters = sum(p.numel() for p in run.model.parameters())
+    steps = len(run.train_rows) // (config.batch_size * ranks.world_size)
+    ranks.print(
+        f"{type(run.model).__name__}: {parameters:,} parameters on {config.leads} lead(s), "
+        f"{run.spec.sample_rate_hz:g} Hz, with {ranks.world_size} process(es) on "
+        f"{ranks.device.type}, amp {run.learner.amp}\n{len(run.train_rows):,} records, {steps:,} "
+        f"steps an epoch; {len(run.val_rows):,} validate; no label is used"
+    )
+    return dict(
+        method=type(run.model).__name__,
+        input=run.spec._asdict(),
+        training_records=len(run.train_rows),
+        steps=steps,
+        unusable=dict(count=len(run.pairs.unusable), first=run.pairs.unusable[:3]),
+        world_size=ranks.world_size,
+        amp=run.learner.amp,
+    )
+
+
+@torch.no_grad()
+def validate(run: BaselineTraining) -> dict:
+    """The method's own loss and numbers on the validation records, over whole batches."""
+    config, ranks = run.config, run.ranks
+    if len(run.val_rows) < config.batch_size * ranks.world_size:
+        return dict(val_loss=math.nan)
+    fixed = dataclasses.replace(config, seed=0)
+    batches = selfmis.epoch_batches(run.val_rows, fixed, 0, ranks)
+    run.model.eval()
+    values = []
+    for step, (rows, (signals, _)) in enumerate(
+        zip(batches, run.pairs.batches(batches), strict=True)
+    ):
+        draw = generator(0, 0, step, ranks.rank)
+        loss, numbers = run.model(signals, run.patients(rows), draw)
+        values.append({"val_loss": float(loss)} | {k: float(v) for k, v in numbers.items()})
+    run.model.train()
+    everybody = [value for part in ranks.gather_objects(values) for value in part]
+    return {name: float(np.mean([value[name] for value in everybody])) for name in everybody[0]}
+
+
+def finish_epoch(run: BaselineTraining, metrics: dict) -> None:
+    """Count the epoch, keep its encoder, and say so."""
+    train_loss = float(np.mean(run.losses))
+    run.epoch += 1
+    run.step = 0
+    run.losses = []
+    run.last_entry = dict(epoch=run.epoch, train_loss=train_loss, **metrics)
+    run.last_entry["records_per_second"] = run.records_per_second
+    if not run.ranks.is_main:
+        return
+    selfmis.append_log(run.out, run.last_entry)
+    content = selfmis.encoder_content(run.model.encoder, run.spec, run.training_data)
+    content |= dict(kind="baseline", method=type(run.model).__name__)
+    content |= dict(metrics=run.last_entry, config=vars(run.config))
+    selfmis.save(run.out / "best.pt", content | selfmis.environment())
+    train_pretrain.save_last(run)
+    numbers = " | ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    text = f"epoch {run.epoch}/{run.config.epochs} | train loss {train_loss:.4f}"
+    print(f"{text} | {numbers}", flush=True)
+
+
+def run_baseline(method_class: type[Method], config_class, description: str) -> None:
+    """The command line of a method's file."""
+    selfmis.run_script(lambda config: main(method_class, config), config_class, description)

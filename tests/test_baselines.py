@@ -1,0 +1,375 @@
+"""The baselines: losses against closed forms, layers against torch's, and a run of each."""
+
+import dataclasses
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from conftest import made_up, run_forked
+from torch.nn.parallel import DistributedDataParallel
+
+import selfmis
+import train_probe
+from extras.baselines import clocs, common, simclr, three_kg
+from extras.baselines.losses import gather, info_nce, nt_xent, patient_nt_xent
+from extras.baselines.transformer import CONV_SIZES, ConvTransformer, Layer
+from selfmis import UsageError
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def patient_loss(a, b):
+    patients = torch.arange(len(a))
+    return patient_nt_xent(torch.cat([a, b]), torch.cat([patients, patients]))
+
+
+LOSSES = [info_nce, nt_xent, patient_loss]
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------------
+
+
+def test_two_orthogonal_pairs_and_views_that_all_coincide():
+    pairs = torch.eye(2, dtype=torch.float64)
+    assert nt_xent(pairs, pairs).item() == pytest.approx(math.log(1 + 2 * math.exp(-10)), rel=1e-9)
+    assert info_nce(pairs, pairs).item() == pytest.approx(math.log(1 + math.exp(-10)), rel=1e-9)
+    same = torch.ones(5, 3, dtype=torch.float64)
+    assert nt_xent(same, same).item() == pytest.approx(math.log(9))
+    assert info_nce(same, same).item() == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_loss_ignores_rotation_scale_and_order(loss):
+    a, b = normal(6, 4), normal(6, 4, seed=1)
+    expected = loss(a, b)
+    turn, _ = torch.linalg.qr(normal(4, 4, seed=2))
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(3))
+    scale = normal(6, 1, seed=4).exp()
+    for views in ((a @ turn, b @ turn), (a[order], b[order]), (a * scale, b / scale)):
+        torch.testing.assert_close(loss(*views), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_gradient_along_an_embedding(loss):
+    """A norm that is detached would leave one."""
+    a, b = normal(6, 4).requires_grad_(), normal(6, 4, seed=1).requires_grad_()
+    loss(a, b).backward()
+    for z in (a, b):
+        assert (z * z.grad).sum(1).abs().max() < 1e-12 < z.grad.abs().max()
+
+
+def test_the_loss_of_3kg_is_a_loop_over_ordered_pairs_of_one_patient():
+    z, patients = normal(7, 4), torch.tensor([3, 1, 3, 2, 1, 3, 5])
+    unit = z / z.norm(dim=1, keepdim=True)
+    s = (unit @ unit.T / 0.1).exp()
+    losses = []
+    for i in range(7):
+        others = sum(s[i, n] for n in range(7) if patients[n] != patients[i])
+        for p in range(7):
+            if p != i and patients[p] == patients[i]:
+                losses.append(-torch.log(s[i, p] / (s[i, p] + others)))
+    assert len(losses) == 8
+    torch.testing.assert_close(patient_nt_xent(z, patients), torch.stack(losses).mean())
+    a, b = normal(4, 3), normal(4, 3, seed=1)
+    torch.testing.assert_close(patient_loss(a, b), nt_xent(a, b))
+
+
+@dataclasses.dataclass
+class Exchange:
+    """Which loss, and where the gradients go."""
+
+    loss: int
+    folder: str
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(5, 4).double()
+
+
+def gradients_of_a_rank(exchange):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), DistributedDataParallel(linear())
+    x = normal(2, 8, 5)[:, rank * 4 : rank * 4 + 4]  # (views, B, features)
+    a, b = (gather(z) for z in model(x))
+    LOSSES[exchange.loss](a, b).backward()
+    torch.save([p.grad for p in model.parameters()], f"{exchange.folder}/{rank}.pt")
+    os.sync()
+
+
+@pytest.mark.parametrize("loss", range(3))
+def test_two_processes_give_the_gradients_of_one(tmp_path, loss):
+    assert run_forked(2, gradients_of_a_rank, Exchange(loss, str(tmp_path))) == [0, 0]
+    model = linear()
+    LOSSES[loss](*model(normal(2, 8, 5))).backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found, [p.grad for p in model.parameters()], rtol=1e-10, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_a_layer_is_torchs(pre_norm):
+    torch.manual_seed(0)
+    theirs = nn.TransformerEncoderLayer(
+        12, 3, 20, dropout=0.0, activation="gelu", batch_first=True, norm_first=pre_norm
+    )
+    theirs = theirs.double().train()
+    ours = Layer(12, 3, 20, pre_norm=pre_norm, dropout=0.0).double()
+    names = {"self_attn.in_proj_": "qkv.", "self_attn.out_proj": "out"}
+    names |= {"linear1": "widen", "linear2": "narrow"}
+    state = {}
+    for key, value in theirs.state_dict().items():
+        for name, our_name in names.items():
+            key = key.replace(name, our_name)
+        state[key] = value
+    ours.load_state_dict(state)
+    x, is_real = normal(2, 7, 12), torch.ones(2, 7, dtype=torch.bool)
+    torch.testing.assert_close(ours(x), theirs(x))
+    is_real[0, 4:] = False
+    found, expected = ours(x, is_real), theirs(x, src_key_padding_mask=~is_real)
+    torch.testing.assert_close(found[is_real], expected[is_real])
+
+
+@pytest.mark.parametrize("size, count", [("published", 90_373_248), ("small", 3_757_088)])
+def test_parameters_of_the_conv_transformer(size, count):
+    with torch.device("meta"):
+        network = ConvTransformer(12, **CONV_SIZES[size])
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return ConvTransformer(1, **CONV_SIZES["small"] | dict(layers=1)).eval()
+
+
+def test_tokens_of_five_seconds(network):
+    for T, tokens in ((2500, 156), (500, 31)):
+        assert network.latents(torch.randn(2, 1, T)).shape == (2, tokens, 256)
+
+
+@torch.no_grad()
+def test_the_halves_of_a_record_do_not_know_each_other(network):
+    x = normal(3, 1, 1000).float()
+    first, second = network.embed_segment(x[..., :500]), network.embed_segment(x[..., 500:])
+    torch.testing.assert_close(network(x), (first + second) / 2)
+    head = nn.Linear(256, 4)  # of the mean = mean of the heads
+    torch.testing.assert_close(head(network(x)), (head(first) + head(second)) / 2)
+
+
+def test_dropout_is_off_in_a_probe_and_the_convolutions_learn_at_a_tenth(network):
+    x = normal(3, 1, 1000).float()
+    torch.testing.assert_close(network(x), network(x), rtol=0, atol=0)
+    gradients = []
+    for slow_down in (lambda gradient: gradient, lambda gradient: 0.1 * gradient):
+        network.zero_grad()
+        latents = network.latents(x)
+        latents.register_hook(slow_down)
+        latents.sum().backward()
+        gradients.append(network.convs[0].weight.grad.clone())
+    torch.testing.assert_close(gradients[1], 0.1 * gradients[0])
+    network.zero_grad()
+
+
+# --------------------------------------------------------------------------------------------------
+# Views
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ecg():
+    """(8, 12, 500) float64 mV whose limb leads agree."""
+    return common.recompute_limbs(torch.from_numpy(made_up(8)[0]).double()[..., :500])
+
+
+def draws(seed=0):
+    return common.generator(seed)
+
+
+def limbs_agree(ecg):
+    """Einthoven's law and Goldberger's leads."""
+    one, two, three, right, left, foot = ecg[:, :6].unbind(1)
+    torch.testing.assert_close(one + three, two, rtol=0, atol=1e-5)
+    torch.testing.assert_close(right + left + foot, 0 * one, rtol=0, atol=1e-5)
+    torch.testing.assert_close(left - right, 1.5 * one, rtol=0, atol=1e-5)
+
+
+def test_a_segment_is_five_seconds_of_its_own_record():
+    x = torch.arange(3 * 1000.0).view(3, 1, 1000).expand(3, 12, 1000)
+    found = common.random_segment(x, draws())
+    assert found.shape == (3, 12, 500)
+    starts = found[:, 0, 0]
+    torch.testing.assert_close(found[:, 5], starts[:, None] + torch.arange(500.0))
+    assert ((starts - 1000 * torch.arange(3)) <= 500).all() and len(set(starts.tolist())) == 3
+
+
+def test_a_view_is_scored_as_a_record_is_and_a_flat_one_stays_flat(ecg):
+    scored = common.zscore(ecg)
+    for one, view in zip(ecg, scored, strict=True):
+        expected = (one - one.mean()) / one.std(correction=0)
+        torch.testing.assert_close(view, expected)
+    assert (common.zscore(torch.full((1, 2, 9), 3.0)) == 0).all()
+
+
+@pytest.mark.parametrize("strength", [simclr.MILD, simclr.PUBLISHED])
+def test_disturbances_obey_the_limb_leads_and_their_bounds(ecg, strength):
+    """All but the step, which one electrode does not make; the gain keeps the equations."""
+    without_step = strength._replace(step=(0.0, 0.0))
+    for rate in (100, 500):
+        view = simclr.augment(ecg, draws(), rate, without_step)
+        limbs_agree(view)
+        assert not torch.equal(view, ecg)
+        torch.testing.assert_close(view, simclr.augment(ecg, draws(), rate, without_step))
+    none = strength._replace(probability=0.0)
+    torch.testing.assert_close(simclr.augment(ecg, draws(), 500, none), ecg)
+    only_step = strength._replace(powerline=0, muscle=0, wander=0, gain=(1, 1), probability=1.0)
+    raised = simclr.augment(ecg, draws(), 500, only_step) - ecg
+    sizes = raised.abs().amax((1, 2))
+    low, high = strength.step
+    assert (sizes >= low - 1e-6).all() and (sizes <= high + 1e-6).all()
+    share = (raised.abs() > 1e-9).double().mean((1, 2))
+    assert (0.05 < share).all() and (share < 0.35).all()
+
+
+def test_powerline_stays_away_at_100_hz(ecg):
+    hum = simclr.PUBLISHED._replace(muscle=0, wander=0, step=(0.0, 0.0))
+    torch.testing.assert_close(simclr.augment(ecg, draws(), 100, hum), ecg)
+    noise = simclr.augment(ecg, draws(), 500, hum)[:, 0] - ecg[:, 0]  # (8, 500): one second
+    power = torch.fft.rfft(noise).abs() ** 2
+    assert set(power.argmax(1).tolist()) <= {50, 60} and noise.abs().max() <= 0.5
+
+
+def test_the_dipole_there_and_back():
+    there, back = three_kg.INVERSE_DOWER, three_kg.DOWER
+    torch.testing.assert_close(there @ back, torch.eye(3).double(), rtol=0, atol=1e-12)
+    kept = back @ there
+    torch.testing.assert_close(kept @ kept, kept)
+    assert float(kept.trace()) == pytest.approx(3)
+
+
+def test_no_turn_is_no_change_and_a_turn_is_a_rotation(ecg):
+    angles, factors = torch.zeros(8, 3), torch.ones(8, 3)
+    torch.testing.assert_close(three_kg.turn(ecg, angles, factors, published=False), ecg)
+    kept = three_kg.DOWER @ three_kg.INVERSE_DOWER
+    found = three_kg.turn(ecg, angles, factors, published=True)
+    torch.testing.assert_close(found[:, three_kg.INDEPENDENT], kept @ ecg[:, three_kg.INDEPENDENT])
+    angles, factors = three_kg.random_turn(500, draws())
+    R = three_kg.rotation(angles.double())
+    torch.testing.assert_close(R @ R.mT, torch.eye(3).double().expand(500, 3, 3))
+    torch.testing.assert_close(torch.linalg.det(R), torch.ones(500).double())
+    assert math.pi / 4.1 < angles.abs().max() <= math.pi / 4
+    assert factors.min() >= 1 and 1.49 < factors.max() <= 1.5
+    for published in (False, True):
+        limbs_agree(three_kg.turn(ecg, angles[:8], factors[:8], published))
+
+
+def test_half_of_each_lead_is_blank(ecg):
+    blank = three_kg.blank_half(ecg + 100, draws())
+    assert ((blank == 0).sum(2) == 250).all()
+    assert len(set((blank == 0).double().argmax(2).flatten().tolist())) > 20  # windows of their own
+    changes = (blank == 0).diff(dim=2).sum(2)
+    assert (changes <= 2).all()  # one window, which may go round the end
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------
+
+
+def settings(tmp_path, ptbxl, config_class=clocs.ClocsConfig, **changed):
+    default = dict(data=[str(ptbxl)], size="small", sample_rate=100, epochs=2, batch_size=8)
+    default |= dict(workers=0, cache=str(tmp_path / "cache"), warmup=0, out=str(tmp_path / "out"))
+    return config_class(**default | changed)
+
+
+def epochs(out):
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    return [line for line in lines if "val_loss" in line]
+
+
+def test_the_halves_shown_by_self_cut():
+    whole, cut = torch.ones(2000, 12, 3), torch.zeros(2000, 12, 3)
+    chosen = clocs.choose(whole, cut, common.generator(0))
+    assert ((chosen == 0).all((1, 2)) | (chosen == 1).all((1, 2))).all()
+    assert 0.45 < float(chosen.mean()) < 0.55
+    with pytest.raises(UsageError, match="needs --leads 12"):
+        clocs.ClocsConfig(self_cut=True, leads=1)
+
+
+@pytest.mark.parametrize(
+    "more", [dict(leads=1), dict(encoder="resnet", self_cut=True)], ids=["leads 1", "self-cut"]
+)
+def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
+    tmp_path, ptbxl, monkeypatch, capsys, more
+):
+    config = settings(tmp_path, ptbxl, **more)
+    common.main(clocs.CLOCS, config)
+    losses = [entry["train_loss"] for entry in epochs(tmp_path / "out")]
+    assert losses[1] < losses[0] and np.isfinite(epochs(tmp_path / "out")[1]["val_loss"])
+
+    def save(path, content, real=selfmis.save):
+        real(path, content)
+        if content.get("epoch") == 1:
+            raise KeyboardInterrupt
+
+    cut = settings(tmp_path, ptbxl, out=str(tmp_path / "cut"), **more)
+    with monkeypatch.context() as patch:
+        patch.setattr(selfmis, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            common.main(clocs.CLOCS, cut)
+    common.main(clocs.CLOCS, dataclasses.replace(cut, resume=True))
+    weights = [selfmis.read_checkpoint(tmp_path / o / "best.pt")["encoder"] for o in ("out", "cut")]
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key]), key
+
+    encoder = selfmis.load_encoder(tmp_path / "out/best.pt")
+    assert encoder.lead == ("I" if config.leads == 1 else "all")
+    assert all(not entry["labels"] for entry in encoder.training_data)
+    probe = train_probe.ProbeConfig(
+        data=[str(ptbxl)], encoder=str(tmp_path / "out/best.pt"), lead="I", head="logistic"
+    )
+    probe.out, probe.workers, probe.cache, probe.baseline = str(tmp_path / "probe"), 0, "none", True
+    results = train_probe.main(probe)
+    assert {run["head"] for run in results["runs"]} == {"logistic", "logistic, random encoder"}
+    assert np.isfinite([run["diagnostic"] for run in results["runs"]]).all()
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize(
+    "method, config_class",
+    [(simclr.SimCLR, simclr.SimCLRConfig), (three_kg.ThreeKG, three_kg.ThreeKGConfig)],
+)
+def test_the_others_run_too(tmp_path, ptbxl, method, config_class, published):
+    more = dict(encoder="resnet", epochs=1, published=published)
+    config = settings(tmp_path, ptbxl, config_class, **more)
+    entry = common.main(method, config)
+    assert math.isfinite(entry["train_loss"]) and entry["epoch"] == 1
+
+
+def test_a_checkpoint_cannot_name_another_network(tmp_path, tiny):
+    content = selfmis.read_checkpoint(tiny[1]) | dict(network="Popen")
+    selfmis.save(tmp_path / "a.pt", content)
+    with pytest.raises(UsageError, match="a network 'Popen'; there are ResNet1D, ConvTransformer"):
+        selfmis.load_encoder(tmp_path / "a.pt")
+
+
+def test_the_budget_follows_from_the_size_and_flags_go_before_it():
+    for size, budget in (("small", (8, 128, 5e-4, 50)), (None, (200, 64, 5e-5, 0))):
+        config = common.with_budget(clocs.ClocsConfig(size=size), clocs.CLOCS)
+        assert (config.epochs, config.batch_size, config.lr, config.warmup) == budget
+    assert common.with_budget(clocs.ClocsConfig(size="small", lr=1.0), clocs.CLOCS).lr == 1.0
