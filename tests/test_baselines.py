@@ -227,27 +227,18 @@ def test_a_view_is_scored_as_a_record_is_and_a_flat_one_stays_flat(ecg):
 
 
 @pytest.mark.parametrize("strength", [simclr.MILD, simclr.PUBLISHED])
-def test_disturbances_obey_the_limb_leads_and_their_bounds(ecg, strength):
-    """All but the step, which one electrode does not make; the gain keeps the equations."""
-    without_step = strength._replace(step=(0.0, 0.0))
+def test_disturbances_obey_the_limb_leads(ecg, strength):
     for rate in (100, 500):
-        view = simclr.augment(ecg, draws(), rate, without_step)
+        view = simclr.augment(ecg, draws(), rate, strength)
         limbs_agree(view)
         assert not torch.equal(view, ecg)
-        torch.testing.assert_close(view, simclr.augment(ecg, draws(), rate, without_step))
+        torch.testing.assert_close(view, simclr.augment(ecg, draws(), rate, strength))
     none = strength._replace(probability=0.0)
     torch.testing.assert_close(simclr.augment(ecg, draws(), 500, none), ecg)
-    only_step = strength._replace(powerline=0, muscle=0, wander=0, gain=(1, 1), probability=1.0)
-    raised = simclr.augment(ecg, draws(), 500, only_step) - ecg
-    sizes = raised.abs().amax((1, 2))
-    low, high = strength.step
-    assert (sizes >= low - 1e-6).all() and (sizes <= high + 1e-6).all()
-    share = (raised.abs() > 1e-9).double().mean((1, 2))
-    assert (0.05 < share).all() and (share < 0.35).all()
 
 
 def test_powerline_stays_away_at_100_hz(ecg):
-    hum = simclr.PUBLISHED._replace(muscle=0, wander=0, step=(0.0, 0.0))
+    hum = simclr.PUBLISHED._replace(muscle=0, wander=0, step=0.0, shift=(0.0, 0.0))
     torch.testing.assert_close(simclr.augment(ecg, draws(), 100, hum), ecg)
     noise = simclr.augment(ecg, draws(), 500, hum)[:, 0] - ecg[:, 0]  # (8, 500): one second
     power = torch.fft.rfft(noise).abs() ** 2

@@ -14,13 +14,18 @@ from conftest import HERE
 
 import selfmis
 import train_pretrain
+from extras.baselines.clocs import ClocsConfig
+from extras.baselines.simclr import SimCLRConfig
+from extras.baselines.three_kg import ThreeKGConfig
 from train_pretrain import PretrainConfig
 from train_probe import ProbeConfig
 
 README = (HERE / "README.md").read_text()
 CONFIGS = {"train_pretrain": PretrainConfig, "train_probe": ProbeConfig}
+BASELINES = {"baselines.clocs": ClocsConfig, "baselines.simclr": SimCLRConfig}
+BASELINES |= {"baselines.three_kg": ThreeKGConfig}
 SCRIPT = re.compile(r"(train_pretrain|train_probe)\.py([^`#|)&]*)")
-EXTRA = re.compile(r"-m extras\.(\w+)([^`#|)&>]*)")
+EXTRA = re.compile(r"-m extras\.([\w.]+)([^`#|)&>]*)")
 
 
 def commands(text):
@@ -49,8 +54,9 @@ def parse(monkeypatch):
         raise Parsed
 
     def parse(name, arguments):
-        if name in CONFIGS:
-            config = selfmis.parse_flags(CONFIGS[name], "", arguments)
+        configs = CONFIGS | BASELINES
+        if name in configs:
+            config = selfmis.parse_flags(configs[name], "", arguments)
             assert dataclasses.is_dataclass(config)
             return
         assert (HERE / f"extras/{name}.py").is_file()
@@ -64,7 +70,7 @@ def parse(monkeypatch):
 
 SOURCES = [
     *("README.md", "train_pretrain.py", "train_probe.py"),
-    *(f"extras/{path.name}" for path in sorted((HERE / "extras").glob("*.*"))),
+    *(str(path.relative_to(HERE)) for path in sorted((HERE / "extras").glob("**/*.*"))),
 ]
 
 

@@ -8,7 +8,8 @@ NT-Xent over the batch asks which copies belong together.
 Departures from the published form: its disturbances are drawn each time and drown the ECG (noise of
 up to 0.5 mV on every lead, a step of 1 mV); here each comes with probability 1/2 and is mild, and
 there is a gain.  --published goes back to them.  There is no powerline at 100 Hz, where 50 Hz lies
-on the edge and 60 Hz would fold to 40.  Leads are blanked with --leads 12 only.
+on the edge and 60 Hz would fold to 40.  Leads are blanked with --leads 12 only.  Views are always
+scored, where the published ones stay in millivolts.
 """
 
 import dataclasses
@@ -29,13 +30,14 @@ class Strength(NamedTuple):
     probability: float  # of each disturbance
     powerline: float  # amplitude, at most
     muscle: float  # deviation of white noise, at most
-    step: tuple[float, float]  # size of a raised piece, up or down
+    step: float  # size of a raised piece, up or down, in each lead
+    shift: tuple[float, float]  # of the same piece in all leads
     wander: float  # amplitude of each of three waves, at most
     gain: tuple[float, float]  # a factor
 
 
-PUBLISHED = Strength(1.0, 0.5, 0.5, (0.75, 1.25), 0.5, (1.0, 1.0))
-MILD = Strength(0.5, 0.05, 0.03, (0.0, 0.1), 0.1, (0.8, 1.25))
+PUBLISHED = Strength(1.0, 0.5, 0.5, 1.0, (-0.25, 0.0), 0.5, (1.0, 1.0))
+MILD = Strength(0.5, 0.05, 0.03, 0.0, (-0.1, 0.1), 0.1, (0.8, 1.25))
 
 
 @dataclasses.dataclass
@@ -90,20 +92,20 @@ def augment(
     share = 1 + 0.5 * torch.randn(B, L, 1, generator=draw)  # of each lead
     noise = noise + sometimes(share * waves.sum(1, keepdim=True))
 
-    sign = torch.where(torch.rand(B, 1, 1, generator=draw) < 0.5, -1.0, 1.0)
-    raised = sign * uniform(*strength.step, B, 1, 1)
+    sign = torch.where(torch.rand(B, L, 1, generator=draw) < 0.5, -1.0, 1.0)
+    raised = strength.step * sign + uniform(*strength.shift, B, 1, 1)
     length = T * (0.2 + 0.04 * torch.randn(B, 1, 1, generator=draw))
     start = uniform(0, 1, B, 1, 1) * (T - length)
     samples = torch.arange(T)
-    step = sometimes(raised * ((samples >= start) & (samples < start + length)))
+    noise = noise + sometimes(raised * ((samples >= start) & (samples < start + length)))
     gain = torch.where(
         torch.rand(B, 1, 1, generator=draw) < strength.probability,
         uniform(*strength.gain, B, 1, 1),
         1.0,
     )
-    # Noise comes from electrodes, so that it obeys the limb leads' equations; the step does not.
-    disturbed = recompute_limbs(ecg + noise.to(ecg)) + step.to(ecg)
-    return gain.to(ecg) * disturbed
+    # The gain comes first: the z-score would take it out of the whole. The limb leads are made to
+    # agree at last, whatever was added before.
+    return recompute_limbs(gain.to(ecg) * ecg + noise.to(ecg))
 
 
 def blank_leads(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
