@@ -3,7 +3,6 @@
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_gather
 
 TEMPERATURE = 0.1  # of every loss here, as published
 
@@ -17,7 +16,25 @@ def gather(z: torch.Tensor) -> torch.Tensor:
     """
     if not dist.is_initialized():
         return z
-    return torch.cat(all_gather(z.contiguous()))
+    return Gather.apply(z)
+
+
+class Gather(torch.autograd.Function):
+    """`gather`, whose gradient is summed over processes and cut to this one's rows."""
+
+    @staticmethod
+    def forward(ctx, z: torch.Tensor) -> torch.Tensor:
+        z = z.contiguous()
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        # A copy, because all_reduce writes over its argument.
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def similarities(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
