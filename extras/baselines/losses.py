@@ -4,8 +4,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-TEMPERATURE = 0.1  # of every loss here, as published
-
 
 def gather(z: torch.Tensor) -> torch.Tensor:
     """(B, D) of this process -> (W B, D) of all, in the order of ranks, with their gradients.
@@ -37,41 +35,43 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def similarities(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def similarities(a: torch.Tensor, b: torch.Tensor, temperature: float) -> torch.Tensor:
     """Cosines over the temperature, (N, D), (M, D) -> (N, M), in float32 at least."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
-        return F.normalize(a.to(dtype), dim=-1) @ F.normalize(b.to(dtype), dim=-1).T / TEMPERATURE
+        return F.normalize(a.to(dtype), dim=-1) @ F.normalize(b.to(dtype), dim=-1).T / temperature
 
 
-def info_nce(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def info_nce(a: torch.Tensor, b: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """Row i of a and row i of b belong together: cross-entropy by rows and by columns, halved.
 
     a, b: (N, D).
     """
-    logits = similarities(a, b)  # (N, N)
+    logits = similarities(a, b, temperature)  # (N, N)
     partners = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, partners) + F.cross_entropy(logits.T, partners)) / 2
 
 
-def nt_xent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def nt_xent(a: torch.Tensor, b: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
     """The same among all 2N views: each looks for its partner among the 2N - 1 others.
 
     a, b: (N, D).
     """
     z = torch.cat([a, b])  # (2N, D)
-    logits = similarities(z, z)
+    logits = similarities(z, z, temperature)
     logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     partners = torch.arange(len(z), device=z.device).roll(len(a))
     return F.cross_entropy(logits, partners)
 
 
-def patient_nt_xent(z: torch.Tensor, patients: torch.Tensor) -> torch.Tensor:
+def patient_nt_xent(
+    z: torch.Tensor, patients: torch.Tensor, temperature: float = 0.1
+) -> torch.Tensor:
     """3KG's: all views of one patient belong together; the mean over ordered pairs of them.
 
     Each pair competes with the views of other patients only.  z: (N, D); patients: (N,).
     """
-    logits = similarities(z, z)  # (N, N)
+    logits = similarities(z, z, temperature)  # (N, N)
     is_same = patients[:, None] == patients[None, :]
     others = logits.masked_fill(is_same, -torch.inf).logsumexp(1, keepdim=True)  # (N, 1)
     losses = F.softplus(others - logits)  # -log of e^own / (e^own + sum of others)

@@ -131,15 +131,21 @@ class ConvTransformer(nn.Module):
             tokens = layer(tokens)
         return tokens
 
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """The last layer of one segment: (B, leads, T) -> (B, N, D), a token for 16 samples."""
+        return self.contextualise(self.project(self.latent_norm(self.latents(x))))
+
     def embed_segment(self, x: torch.Tensor) -> torch.Tensor:
         """One segment of five seconds: (B, leads, T) -> (B, D)."""
-        tokens = self.project(self.latent_norm(self.latents(x)))
-        return self.contextualise(tokens).float().mean(1)
+        return self.tokens(x).float().mean(1)
+
+    def halves(self, x: torch.Tensor) -> torch.Tensor:
+        """All first halves, then all second: (B, leads, T) -> (2 B, leads, T // 2)."""
+        T = x.shape[-1] // 2
+        return torch.cat([x[..., :T], x[..., T : 2 * T]])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        T = x.shape[-1] // 2
-        both = torch.cat([x[..., :T], x[..., T : 2 * T]])  # (2 B, leads, T)
-        first, second = self.embed_segment(both).chunk(2)  # (B, D) each
+        first, second = self.embed_segment(self.halves(x)).chunk(2)  # (B, D) each
         return (first + second) / 2
 
 
