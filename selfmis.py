@@ -119,7 +119,8 @@ class SameConv1d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (kernel,) = self.conv.kernel_size
         (stride,) = self.conv.stride
-        if kernel == 1:  # a matrix product, which is faster than a convolution in small batches
+        if kernel == stride == self.conv.groups == 1:
+            # A matrix product, which is faster than a convolution in small batches.
             weight = self.conv.weight.flatten(1)  # (C', C)
             return F.linear(x.movedim(1, -1), weight, self.conv.bias).movedim(-1, 1)
         T = x.shape[-1]

@@ -184,8 +184,10 @@ def load_error(tmp_path, state, leads=1):
         # 3 more channels: 1 in front, 2 behind
         (2, dict(stem=3, widths=(6, 10), depths=(2, 1), group_width=1)),
         (2, dict(stem=8, widths=(8, 16), depths=(1, 2), group_width=8, kernel_size=7)),
+        # Strides and groups, which only a convolution has
+        (2, dict(stem=8, widths=(8, 16), depths=(1, 2), group_width=8, kernel_size=1)),
     ],
-    ids=["1-lead", "12-lead", "growing", "odd-growth", "odd-kernel"],
+    ids=["1-lead", "12-lead", "growing", "odd-growth", "odd-kernel", "kernel-1"],
 )
 def test_equals_the_numpy_forward_pass(leads, size, length):
     encoder = ruled_encoder(leads, **size)
