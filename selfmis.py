@@ -89,6 +89,16 @@ def import_optional(module: str, purpose: str):
         raise UsageError(f"{purpose} needs the package {package}: pip install {package}") from error
 
 
+def import_extra(module: str):
+    """A module of extras/, or None where that has been deleted."""
+    try:
+        return importlib.import_module(f"extras.{module}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("extras", f"extras.{module}"):
+            raise
+        return None
+
+
 # --------------------------------------------------------------------------------------------------
 # Encoder: ECGFounder's Net1D, without the BatchNorm modules it never calls and its 150-class head
 # --------------------------------------------------------------------------------------------------
@@ -332,11 +342,7 @@ ENCODERS = {"ResNet1D": ResNet1D}  # by the name in a checkpoint; extras.baselin
 def network_class(name: str, path: str | os.PathLike):
     """The class of an encoder; a file can name those of ENCODERS and nothing else."""
     if name not in ENCODERS:
-        try:
-            importlib.import_module("extras.baselines")
-        except ModuleNotFoundError as error:
-            if error.name not in ("extras", "extras.baselines"):
-                raise
+        import_extra("baselines")
     if name not in ENCODERS:
         raise UsageError(f"{path}: a network {name!r}; there are {', '.join(ENCODERS)}")
     return ENCODERS[name]
@@ -596,14 +602,12 @@ class Records:
 
 def import_synthetic():
     """extras/synthetic.py, or the sentence that says what is missing."""
-    try:
-        return importlib.import_module("extras.synthetic")
-    except ModuleNotFoundError as error:
-        if error.name not in ("extras", "extras.synthetic"):
-            raise
+    synthetic = import_extra("synthetic")
+    if synthetic is None:
         raise UsageError(
             "synthetic ECG needs extras/synthetic.py, which is not here; give --data a folder"
-        ) from error
+        )
+    return synthetic
 
 
 def find_records(data: str, *, sample_rate_hz: float = 500, seed: int = 0) -> Records:

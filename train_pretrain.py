@@ -208,11 +208,17 @@ def check_counts(train: np.ndarray, val: np.ndarray, config: PretrainConfig, ran
     selfmis.epoch_batches(train, config, 0, ranks)  # refuses a batch that they cannot fill
 
 
-def prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single) -> Training:
-    """Model, optimizer and all else that training needs; `resume` puts a resumed run on top."""
+def usable_rows(pairs, train_rows, val_rows, config, ranks) -> tuple[np.ndarray, np.ndarray]:
+    """Those of these rows that the pass could read; UsageError if they do not make an epoch."""
     train_rows = train_rows[np.isin(train_rows, pairs.usable)]
     val_rows = val_rows[np.isin(val_rows, pairs.usable)]
     check_counts(train_rows, val_rows, config, ranks)
+    return train_rows, val_rows
+
+
+def prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single) -> Training:
+    """Model, optimizer and all else that training needs; `resume` puts a resumed run on top."""
+    train_rows, val_rows = usable_rows(pairs, train_rows, val_rows, config, ranks)
     # MIMIC's list is sorted by patient: batches of strangers, the same in every run.
     val_rows = val_rows[np.random.default_rng(0).permutation(len(val_rows))]
     model = SelfMIS(single, config.loss).to(ranks.device)

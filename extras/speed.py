@@ -88,15 +88,15 @@ def network() -> None:
 
 def forward(encoder, x: torch.Tensor, amp: str) -> None:
     with torch.no_grad():
-        embed(encoder, x, amp)
+        embed_in(encoder, x, amp)
 
 
 def forward_and_backward(encoder, x: torch.Tensor, amp: str) -> None:
-    embed(encoder, x, amp).square().sum().backward()
+    embed_in(encoder, x, amp).square().sum().backward()
     encoder.zero_grad()
 
 
-def embed(encoder, x: torch.Tensor, amp: str) -> torch.Tensor:
+def embed_in(encoder, x: torch.Tensor, amp: str) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=amp == "bf16"):
         return encoder(x).float()
 

@@ -157,13 +157,13 @@ def steps(scale: Scale, ranks: Ranks, is_compiled: bool) -> None:
         seconds, peak = time_step(learner, scale, device)
         losses = [train_step(learner, *random_batch(scale, device)) for _ in range(8)]
         is_finite = bool(torch.stack(losses).isfinite().all())
-        losses = "losses finite" if is_finite else "LOSSES NOT FINITE"
+        verdict = "losses finite" if is_finite else "LOSSES NOT FINITE"
         if amp == "fp16":
-            losses += f", scaled by {learner.scaler.get_scale():,.0f}"
+            verdict += f", scaled by {learner.scaler.get_scale():,.0f}"
         form = "compiled" if is_compiled else "eager"
         speed = f"{scale.batch / seconds:,.0f} records/s, {peak}"
         share = f"the floor is {1000 * floor:.2f} ms, {floor / seconds:.0%} of it"
-        row(f"step, {amp}, {form}", f"{1000 * seconds:.2f} ms", f"{speed}; {share}; {losses}")
+        row(f"step, {amp}, {form}", f"{1000 * seconds:.2f} ms", f"{speed}; {share}; {verdict}")
 
 
 def teacher(scale: Scale, ranks: Ranks) -> None:
@@ -242,7 +242,7 @@ def loss(scale: Scale, ranks: Ranks) -> None:
         learner = make_learner(encoder, ranks._replace(device=device), amp="off", lr=1e-3)
         batch = signals.to(device), targets.to(device)
         curves.append(torch.stack([train_step(learner, *batch) for _ in range(30)]).cpu())
-    here, there = curves[1], curves[0]
+    there, here = curves
     difference = float(((here - there) / there).abs().max())
     ends = f"from {here[0]:.4f} to {here[-1]:.4f}, on the CPU to {there[-1]:.4f}"
     row("loss of 30 steps, float32", f"{difference:.1e} apart", ends)
@@ -261,7 +261,7 @@ def nccl(scale: Scale, ranks: Ranks) -> None:
         while process.poll() is None and not (log.exists() and "val_loss" in log.read_text()):
             time.sleep(0.1)
         process.terminate()
-        text, _ = process.communicate()
+        process.communicate()
         row("torchrun: pass, an epoch, killed", f"{time.perf_counter() - start:.1f} s")
         probe = ["train_probe.py", *scale.run.split()[:2], *device]  # --data
         probe += ["--encoder", str(out / "best.pt"), "--out", str(probe_out)]
@@ -272,12 +272,8 @@ def nccl(scale: Scale, ranks: Ranks) -> None:
             if process.returncode:
                 sys.exit(text)
             last = [line for line in text.splitlines() if line.startswith(("epoch 3/3", "| six"))]
-            seconds = time.perf_counter() - start
-            row(
-                f"torchrun: {what}",
-                f"{seconds:.1f} s",
-                " ".join(last[-1].replace("|", " ").split()),
-            )
+            remark = " ".join(last[-1].replace("|", " ").split())
+            row(f"torchrun: {what}", f"{time.perf_counter() - start:.1f} s", remark)
 
 
 def start_torchrun(command: list[str]) -> subprocess.Popen:

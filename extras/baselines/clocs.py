@@ -16,9 +16,10 @@ import dataclasses
 
 import torch
 
-from extras.baselines.common import BaselineConfig, Method, embed_segment, halves, run_baseline
-from extras.baselines.common import make_encoder, to_view, zscore
+from extras.baselines.common import BaselineConfig, Method, embed_segment, run_baseline, to_view
+from extras.baselines.common import zscore
 from extras.baselines.losses import gather, info_nce
+from extras.baselines.transformer import halves
 from selfmis import UsageError, flag, with_empty_leads
 
 
@@ -35,10 +36,6 @@ class ClocsConfig(BaselineConfig):
 
 class CLOCS(Method):
     """InfoNCE between the two halves of a record."""
-
-    def __init__(self, config: ClocsConfig) -> None:
-        super().__init__(config)
-        self.encoder = make_encoder(config)
 
     def forward(self, ecg, patients, draw):
         views = halves(zscore(to_view(ecg, self.config.leads)))  # (B, L, T / 2) twice

@@ -20,7 +20,8 @@ import torch.nn as nn
 import selfmis
 import train_pretrain
 from extras.baselines.transformer import CONV_SIZES, ConvTransformer
-from selfmis import SIZES, Config, InputSpec, ResNet1D, UsageError, flag, lead_index
+from extras.synthetic import DERIVED
+from selfmis import LEADS, SIZES, Config, InputSpec, ResNet1D, UsageError, flag, lead_index
 from train_pretrain import Training
 
 SMALL_BUDGET = dict(epochs=8, batch_size=128, lr=5e-4, warmup=50)
@@ -61,21 +62,35 @@ class BaselineConfig(Config):
 
     demonstrates = "a demonstration on synthetic ECG"
     loss: ClassVar[str] = "of the method"  # what train_pretrain.py's lines ask for
-    local_negatives: ClassVar[bool] = False
+
+
+def make_encoder(config: BaselineConfig) -> nn.Module:
+    """The network of SimCLR, 3KG and CLOCS."""
+    if config.encoder == "resnet":
+        return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
+    return ConvTransformer(config.leads, **CONV_SIZES[config.size or "published"])
+
+
+def embed_segment(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """One segment of five seconds, (B, L, T) -> (B, D), in whichever network."""
+    if isinstance(encoder, ResNet1D):
+        return encoder(x)
+    return encoder.embed_segment(x)
 
 
 class Method(nn.Module):
     """An encoder and how it is pre-trained.
 
-    `encoder` is what a probe reads; everything else serves the loss and is thrown away.
+    `encoder`, (B, leads, T) -> (B, D), is what a probe reads; everything else serves the loss and
+    is thrown away.
     """
 
     published: ClassVar[dict] = dict(epochs=200, batch_size=64, lr=5e-5, warmup=0)
-    encoder: nn.Module  # (B, leads, T) -> (B, D)
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
         self.config = config
+        self.encoder = make_encoder(config)
 
     def forward(
         self, ecg: torch.Tensor, patients: torch.Tensor, draw: torch.Generator
@@ -108,12 +123,6 @@ def zscore(x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean((1, 2), keepdim=True)) / deviation
 
 
-def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first and the second five seconds: (B, L, T) -> (B, L, T // 2) twice."""
-    T = x.shape[-1] // 2
-    return x[..., :T], x[..., T : 2 * T]
-
-
 def random_segment(ecg: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     """Five seconds of each record, from anywhere: (B, L, T) -> (B, L, T // 2)."""
     B, L, T = ecg.shape
@@ -124,23 +133,10 @@ def random_segment(ecg: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
 def recompute_limbs(ecg: torch.Tensor) -> torch.Tensor:
     """(B, 12, T) with III, aVR, aVL and aVF as they follow from I and II."""
-    one, two = ecg[:, 0], ecg[:, 1]  # I and II
-    limbs = [one, two, two - one, -(one + two) / 2, one - two / 2, two - one / 2]
-    return torch.cat([torch.stack(limbs, 1), ecg[:, 6:]], 1)
-
-
-def make_encoder(config: BaselineConfig) -> nn.Module:
-    """The network of SimCLR, 3KG and CLOCS."""
-    if config.encoder == "resnet":
-        return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
-    return ConvTransformer(config.leads, **CONV_SIZES[config.size or "published"])
-
-
-def embed_segment(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """One segment of five seconds, (B, L, T) -> (B, D), in whichever network."""
-    if isinstance(encoder, ResNet1D):
-        return encoder(x)
-    return encoder.embed_segment(x)
+    recomputed = ecg.clone()
+    for lead, (of_one, of_two) in DERIVED.items():
+        recomputed[:, LEADS.index(lead)] = of_one * ecg[:, 0] + of_two * ecg[:, 1]
+    return recomputed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,13 +172,20 @@ def with_budget(config: BaselineConfig, method_class: type[Method]) -> BaselineC
     return dataclasses.replace(config, **missing)
 
 
+def input_spec(config: BaselineConfig) -> InputSpec:
+    """How a probe shows a record to the encoder."""
+    lead = "I" if config.leads == 1 else "all"
+    preprocessing = dict(normalize="zscore", filter=config.filter or "none")
+    return InputSpec(lead, config.sample_rate or 500.0, preprocessing)
+
+
 def main(method_class: type[Method], config: BaselineConfig) -> dict:
     """Pre-train by one method; returns the last epoch's line of log.jsonl."""
     config = with_budget(config, method_class)
     ranks = selfmis.join_ranks(config.device, config.seed)
     out = selfmis.open_run(config)
-    rate_hz = config.sample_rate or 500.0
-    records = selfmis.gather_records(config, rate_hz, train_pretrain.SYNTHETIC_STREAM)
+    spec = input_spec(config)
+    records = selfmis.gather_records(config, spec.sample_rate_hz, train_pretrain.SYNTHETIC_STREAM)
     train_rows, val_rows = train_pretrain.split(records, config, ranks)
     last = selfmis.read_last(config, out, ranks)
     if last is not None and last["epoch"] == config.epochs:
@@ -190,31 +193,10 @@ def main(method_class: type[Method], config: BaselineConfig) -> dict:
         return last["last_entry"]
 
     # Views are made in mV out of all leads, and scored afterwards.
-    cached = InputSpec("all", rate_hz, dict(normalize="none", filter=config.filter or "none"))
+    cached = spec._replace(lead="all", preprocessing=spec.preprocessing | dict(normalize="none"))
     rows = np.concatenate([train_rows, val_rows])
     pairs = selfmis.read_pairs(config, records, rows, cached, ranks)
-    train_rows = train_rows[np.isin(train_rows, pairs.usable)]
-    val_rows = val_rows[np.isin(val_rows, pairs.usable)]
-    train_pretrain.check_counts(train_rows, val_rows, config, ranks)
-    method = method_class(config).to(ranks.device)
-    run = BaselineTraining(
-        config=config,
-        ranks=ranks,
-        out=out,
-        spec=InputSpec(
-            "I" if config.leads == 1 else "all",
-            rate_hz,
-            dict(cached.preprocessing, normalize="zscore"),
-        ),
-        pairs=pairs,
-        train_rows=train_rows,
-        val_rows=val_rows,
-        model=method,
-        learner=selfmis.Learner(method, make_optimizer(method, config), config, ranks),
-        training_data=selfmis.training_data(records[train_rows], records[:0], labels=False),
-        val_targets=torch.empty(0),
-        teacher_digest="",
-    )
+    run = prepare(method_class, config, ranks, out, spec, pairs, train_rows, val_rows)
     if last is None:
         selfmis.begin_run(out, config, describe(run), ranks)
         train_pretrain.save_last(run)
@@ -225,6 +207,29 @@ def main(method_class: type[Method], config: BaselineConfig) -> dict:
         finish_epoch(run, validate(run))
     ranks.print(f"next: python train_probe.py --encoder {out / 'best.pt'} --lead I")
     return run.last_entry
+
+
+def prepare(
+    method_class, config, ranks, out, spec, pairs, train_rows, val_rows
+) -> BaselineTraining:
+    """As train_pretrain.py's, without a teacher."""
+    train_rows, val_rows = train_pretrain.usable_rows(pairs, train_rows, val_rows, config, ranks)
+    method = method_class(config).to(ranks.device)
+    records = pairs.dataset.records
+    return BaselineTraining(
+        config=config,
+        ranks=ranks,
+        out=out,
+        spec=spec,
+        pairs=pairs,
+        train_rows=train_rows,
+        val_rows=val_rows,
+        model=method,
+        learner=selfmis.Learner(method, make_optimizer(method, config), config, ranks),
+        training_data=selfmis.training_data(records[train_rows], records[:0], labels=False),
+        val_targets=torch.empty(0),
+        teacher_digest="",
+    )
 
 
 def make_optimizer(method: Method, config: BaselineConfig) -> torch.optim.Optimizer:

@@ -5,18 +5,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 
-def gather(z: torch.Tensor) -> torch.Tensor:
-    """(B, D) of this process -> (W B, D) of all, in the order of ranks, with their gradients.
-
-    Each process computes the loss of the whole batch.  What a process gets back for its own rows is
-    the sum over processes, W times the gradient, and DistributedDataParallel's mean over processes
-    makes it that of one process with the whole batch.
-    """
-    if not dist.is_initialized():
-        return z
-    return Gather.apply(z)
-
-
 class Gather(torch.autograd.Function):
     """`gather`, whose gradient is summed over processes and cut to this one's rows."""
 
@@ -33,6 +21,18 @@ class Gather(torch.autograd.Function):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(z: torch.Tensor) -> torch.Tensor:
+    """(B, D) of this process -> (W B, D) of all, in the order of ranks, with their gradients.
+
+    Each process computes the loss of the whole batch.  What a process gets back for its own rows is
+    the sum over processes, W times the gradient, and DistributedDataParallel's mean over processes
+    makes it that of one process with the whole batch.
+    """
+    if not dist.is_initialized():
+        return z
+    return Gather.apply(z)
 
 
 def similarities(a: torch.Tensor, b: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from extras.baselines.common import BaselineConfig, Method, embed_segment, make_encoder
-from extras.baselines.common import random_segment, recompute_limbs, run_baseline, to_view, zscore
+from extras.baselines.common import BaselineConfig, Method, embed_segment, random_segment
+from extras.baselines.common import recompute_limbs, run_baseline, to_view, zscore
 from extras.baselines.losses import gather, nt_xent
 from selfmis import flag
 
@@ -47,10 +47,6 @@ class SimCLRConfig(BaselineConfig):
 
 class SimCLR(Method):
     """NT-Xent between two disturbed copies of a segment."""
-
-    def __init__(self, config: SimCLRConfig) -> None:
-        super().__init__(config)
-        self.encoder = make_encoder(config)
 
     def forward(self, ecg, patients, draw):
         segment = random_segment(ecg, draw)  # (B, 12, T / 2)

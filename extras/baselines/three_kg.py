@@ -18,8 +18,8 @@ import math
 
 import torch
 
-from extras.baselines.common import BaselineConfig, Method, embed_segment, make_encoder
-from extras.baselines.common import random_segment, recompute_limbs, run_baseline, to_view, zscore
+from extras.baselines.common import BaselineConfig, Method, embed_segment, random_segment
+from extras.baselines.common import recompute_limbs, run_baseline, to_view, zscore
 from extras.baselines.losses import gather, patient_nt_xent
 from selfmis import LEADS, flag
 
@@ -43,10 +43,6 @@ class ThreeKGConfig(BaselineConfig):
 
 class ThreeKG(Method):
     """NT-Xent by patient between two turned copies of a segment."""
-
-    def __init__(self, config: ThreeKGConfig) -> None:
-        super().__init__(config)
-        self.encoder = make_encoder(config)
 
     def forward(self, ecg, patients, draw):
         segment = random_segment(ecg, draw)  # (B, 12, T / 2)

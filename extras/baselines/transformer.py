@@ -61,6 +61,12 @@ class Layer(nn.Module):
         return self.narrow(F.gelu(self.widen(x)))
 
 
+def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second five seconds: (B, L, T) -> (B, L, T // 2) twice."""
+    T = x.shape[-1] // 2
+    return x[..., :T], x[..., T : 2 * T]
+
+
 class ConvTransformer(nn.Module):
     """Four convolutions, a token for 16 samples, then a post-norm transformer.
 
@@ -139,13 +145,9 @@ class ConvTransformer(nn.Module):
         """One segment of five seconds: (B, leads, T) -> (B, D)."""
         return self.tokens(x).float().mean(1)
 
-    def halves(self, x: torch.Tensor) -> torch.Tensor:
-        """All first halves, then all second: (B, leads, T) -> (2 B, leads, T // 2)."""
-        T = x.shape[-1] // 2
-        return torch.cat([x[..., :T], x[..., T : 2 * T]])
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, second = self.embed_segment(self.halves(x)).chunk(2)  # (B, D) each
+        segments = torch.cat(halves(x))  # (2 B, leads, T // 2), all first ones before all second
+        first, second = self.embed_segment(segments).chunk(2)  # (B, D) each
         return (first + second) / 2
 
 
