@@ -471,7 +471,8 @@ def warn_of_plateau(run: Training, loss: float) -> None:
         print(f"warning: {text}; {remedy}", flush=True)
 
 
-def say_what_next(run: Training) -> None:
+def next_command(run: Training) -> str:
+    """That probes this run's encoder, as somebody would type it."""
     config = run.config
     labelled = [c.root for c in run.pairs.dataset.records.collections if c.kind == "ptb-xl"]
     command = f"python train_probe.py --encoder {run.out / 'best.pt'}"
@@ -482,9 +483,13 @@ def say_what_next(run: Training) -> None:
                 command += f" {selfmis.as_flag(name)} {getattr(config, name)}"
     elif not all(c.kind == "synthetic" for c in run.pairs.dataset.records.collections):
         command += " --data YOUR_PTB_XL_FOLDER"
+    return command
+
+
+def say_what_next(run: Training) -> None:
     chance = 100 / len(run.val_rows)
     run.ranks.print(f"best validation loss {run.best:.4f}; chance R@1 is {chance:.2f} %")
-    run.ranks.print(f"next: {command}")
+    run.ranks.print(f"next: {next_command(run)}")
 
 
 if __name__ == "__main__":

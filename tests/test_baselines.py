@@ -139,6 +139,8 @@ def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
 ):
     config = settings(tmp_path, ptbxl, **more)
     common.main(clocs.CLOCS, config)
+    command = f"train_probe.py --encoder {tmp_path / 'out/best.pt'} --data {ptbxl} --lead I\n"
+    assert command in capsys.readouterr().out
     losses = [entry["train_loss"] for entry in epochs(tmp_path / "out")]
     assert losses[1] < losses[0] and np.isfinite(epochs(tmp_path / "out")[1]["val_loss"])
 

@@ -205,7 +205,7 @@ def main(method_class: type[Method], config: BaselineConfig) -> dict:
     while run.epoch < config.epochs:
         train_pretrain.train_one_epoch(run)
         finish_epoch(run, validate(run))
-    ranks.print(f"next: python train_probe.py --encoder {out / 'best.pt'} --lead I")
+    ranks.print(f"next: {train_pretrain.next_command(run)} --lead I")
     return run.last_entry
 
 
