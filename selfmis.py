@@ -342,7 +342,7 @@ ENCODERS = {"ResNet1D": ResNet1D}  # by the name in a checkpoint; extras.baselin
 def network_class(name: str, path: str | os.PathLike):
     """The class of an encoder; a file can name those of ENCODERS and nothing else."""
     if name not in ENCODERS:
-        import_extra("baselines")
+        import_extra("baselines.networks")
     if name not in ENCODERS:
         raise UsageError(f"{path}: a network {name!r}; there are {', '.join(ENCODERS)}")
     return ENCODERS[name]

@@ -109,15 +109,15 @@ def with_seeds(name: str, seeds: int = 3) -> list[str]:
     return [name.replace("#", str(seed)) for seed in range(seeds)]
 
 
-def all_runs(shared: list[str], out: Path) -> dict[str, list[str]]:
-    """{run: script and flags}; `shared` are the flags that all have."""
+def all_runs(plan: tuple, shared: list[str], out: Path) -> dict[str, list[str]]:
+    """{run: script and flags} of RUNS or the like; `shared` are the flags that all have."""
     commands = {}
-    for name, seeds, command in RUNS:
+    for name, seeds, command in plan:
         for seed in range(seeds):
             run = name.replace("#", str(seed))
             commands[run] = f"{command} --seed {seed}".replace("#", str(seed))
-            if command.startswith("train_pretrain.py"):
-                commands[f"{run}-probe"] = f"{PROBE} @{run} --seed {seed}"
+            if not command.startswith("train_probe.py"):
+                commands[f"{run}-probe"] = f"{PROBE} @{run} --lead I --seed {seed}"
     runs = {}
     for run, command in commands.items():
         script, *flags = command.split()
@@ -131,9 +131,9 @@ def run_missing(runs: dict[str, list[str]], out: Path) -> None:
     for run, (script, *flags) in runs.items():
         if (out / run / "results.json").exists():  # train_pretrain.py knows when it is finished
             continue
-        print(f"python {script} {shlex.join(flags)}", flush=True)
-        command = [sys.executable, str(HERE.parent / script), *flags, "--resume"]
-        if subprocess.run(command).returncode:
+        command = [script, *flags] if script.endswith(".py") else ["-m", script, *flags]
+        print(f"python {shlex.join(command)}", flush=True)
+        if subprocess.run([sys.executable, *command, "--resume"], cwd=HERE.parent).returncode:
             sys.exit(f"{run}: the run failed; mend it and start again")
 
 
@@ -459,7 +459,7 @@ def run_evidence(flags: argparse.Namespace) -> None:
         return
     folds = f"--val-fold {flags.val_fold} --test-fold {flags.test_fold}"
     if not flags.tables:
-        run_missing(all_runs(["--data", flags.data, *folds.split()], flags.out), flags.out)
+        run_missing(all_runs(RUNS, ["--data", flags.data, *folds.split()], flags.out), flags.out)
     out = flags.out
     minus = [("six", "scratch", SCRATCH), ("six", "random", with_seeds("random-#"))]
     print_rows(out, MAIN_TITLE, MAIN, minus, costs=True)

@@ -16,7 +16,7 @@ import dataclasses
 
 import torch
 
-from extras.baselines.common import BaselineConfig, Method, embed_segment, run_baseline, to_view
+from extras.baselines.common import ContrastiveConfig, Method, embed_segment, run_baseline, to_view
 from extras.baselines.common import zscore
 from extras.baselines.losses import gather, info_nce
 from extras.baselines.transformer import halves
@@ -24,7 +24,7 @@ from selfmis import UsageError, flag, with_empty_leads
 
 
 @dataclasses.dataclass
-class ClocsConfig(BaselineConfig):
+class ClocsConfig(ContrastiveConfig):
     out: str = flag("runs/clocs", "folder of the run", metavar="DIR")
     self_cut: bool = flag(False, "each half shows all leads or lead I alone, at random")
 

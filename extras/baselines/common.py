@@ -5,8 +5,8 @@ returns its loss.  All else is train_pretrain.py's: the same cache, steps, losse
 finite, progress lines and --resume.  Labels are never looked at.
 
 The budget of `--size small` is the one of all methods of the benchmark: 8 epochs of 128 records,
-AdamW (0.9, 0.98), weight decay 0.01, 50 steps of warm-up, then a cosine to 0, and the weights of
-the last epoch.  Without it size, epochs, batch and rate are the published ones; the schedule stays.
+AdamW, weight decay 0.01, 50 steps of warm-up, then a cosine to 0, and the weights of the last
+epoch.  Without it size, epochs, batch and rate are the published ones; the schedule stays.
 """
 
 import dataclasses
@@ -21,10 +21,12 @@ import selfmis
 import train_pretrain
 from extras.baselines.transformer import CONV_SIZES, ConvTransformer
 from extras.synthetic import DERIVED
-from selfmis import LEADS, SIZES, Config, InputSpec, ResNet1D, UsageError, flag, lead_index
+from selfmis import LEADS, SIZES, Config, InputSpec, Ranks, ResNet1D, UsageError, flag
+from selfmis import lead_index
 from train_pretrain import Training
 
-SMALL_BUDGET = dict(epochs=8, batch_size=128, lr=5e-4, warmup=50)
+INDEPENDENT = [i for i, lead in enumerate(LEADS) if lead not in DERIVED]  # I, II, V1 ... V6
+SMALL_BUDGET = dict(epochs=8, batch_size=128, lr=5e-4, warmup=50, weight_decay=0.01)
 
 
 @dataclasses.dataclass
@@ -40,13 +42,7 @@ class BaselineConfig(Config):
     batch_size: int | None = flag(None, "records of one process (small: 128, else as published)")
     lr: float | None = flag(None, "peak rate, cosine to 0 (small: 5e-4, else as published)")
     warmup: int | None = flag(None, "steps of linear warm-up (small: 50, else 0)")
-    weight_decay: float = flag(0.01, "of AdamW")
-    encoder: str = flag(
-        "transformer",
-        "of simclr, three_kg and clocs: their network, or this repository's ResNet1D",
-        choices=("transformer", "resnet"),
-    )
-    published: bool = flag(False, "views exactly as published, where ours are milder")
+    weight_decay: float | None = flag(None, "of AdamW (small: 0.01, else as published)")
     val_records: int = flag(5000, "the last N records of a list without folds validate")
     save_seconds: float = flag(600.0, "between two saves of last.pt within an epoch")
 
@@ -64,11 +60,15 @@ class BaselineConfig(Config):
     loss: ClassVar[str] = "of the method"  # what train_pretrain.py's lines ask for
 
 
-def make_encoder(config: BaselineConfig) -> nn.Module:
-    """The network of SimCLR, 3KG and CLOCS."""
-    if config.encoder == "resnet":
-        return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
-    return ConvTransformer(config.leads, **CONV_SIZES[config.size or "published"])
+@dataclasses.dataclass
+class ContrastiveConfig(BaselineConfig):
+    """Flags of simclr, three_kg and clocs, whose views any network can embed."""
+
+    encoder: str = flag(
+        "transformer",
+        "as published, or this repository's ResNet1D: the objective apart from the network",
+        choices=("transformer", "resnet"),
+    )
 
 
 def embed_segment(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -85,12 +85,24 @@ class Method(nn.Module):
     is thrown away.
     """
 
-    published: ClassVar[dict] = dict(epochs=200, batch_size=64, lr=5e-5, warmup=0)
+    small: ClassVar[dict] = SMALL_BUDGET
+    published: ClassVar[dict] = dict(
+        epochs=200, batch_size=64, lr=5e-5, warmup=0, weight_decay=0.01
+    )
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.98)
+    sample_rate_hz: ClassVar[float] = 500.0  # unless --sample-rate says otherwise
+    progress: float = 0.0  # share of the training that is done, for what changes in its course
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = make_encoder(config)
+        self.encoder = self.make_encoder(config)
+
+    @staticmethod
+    def make_encoder(config: BaselineConfig) -> nn.Module:
+        if getattr(config, "encoder", "transformer") == "resnet":
+            return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
+        return ConvTransformer(config.leads, **CONV_SIZES[config.size or "published"])
 
     def forward(
         self, ecg: torch.Tensor, patients: torch.Tensor, draw: torch.Generator
@@ -102,6 +114,13 @@ class Method(nn.Module):
         the same views.
         """
         raise NotImplementedError
+
+    def legend(self) -> str:
+        """What a reader must know of the numbers, e.g. what chance is; one line."""
+        return ""
+
+    def check(self, metrics: dict) -> None:
+        """UsageError if the epoch's numbers show that training has failed."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,11 +142,14 @@ def zscore(x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean((1, 2), keepdim=True)) / deviation
 
 
-def random_segment(ecg: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Five seconds of each record, from anywhere: (B, L, T) -> (B, L, T // 2)."""
+def random_segment(
+    ecg: torch.Tensor, draw: torch.Generator, length: int | None = None
+) -> torch.Tensor:
+    """A piece from anywhere, by default five seconds: (B, L, T) -> (B, L, length)."""
     B, L, T = ecg.shape
-    start = torch.randint(T - T // 2 + 1, (B, 1, 1), generator=draw)
-    columns = start + torch.arange(T // 2)  # (B, 1, T // 2)
+    length = length or T // 2
+    start = torch.randint(T - length + 1, (B, 1, 1), generator=draw)
+    columns = start + torch.arange(length)  # (B, 1, length)
     return ecg.gather(2, columns.expand(B, L, -1).to(ecg.device))
 
 
@@ -149,7 +171,10 @@ class BaselineTraining(Training):
     """train_pretrain.py's run, whose steps are those of a Method."""
 
     def step_loss(self, rows: np.ndarray, signals, targets) -> torch.Tensor:
-        draw = generator(self.config.seed, self.epoch, self.step, self.ranks.rank)
+        config, ranks = self.config, self.ranks
+        steps = len(self.train_rows) // (config.batch_size * ranks.world_size)  # an epoch
+        self.model.progress = (self.epoch + self.step / steps) / config.epochs
+        draw = generator(config.seed, self.epoch, self.step, ranks.rank)
         torch.manual_seed(draw.initial_seed())  # for dropout, which takes no generator
         return self.learner.forward(signals, self.patients(rows), draw)[0]
 
@@ -167,7 +192,8 @@ def generator(*key: int) -> torch.Generator:
 
 def with_budget(config: BaselineConfig, method_class: type[Method]) -> BaselineConfig:
     """The settings with what follows from --size, where no flag says otherwise."""
-    budget = SMALL_BUDGET if config.size == "small" else method_class.published
+    budget = method_class.small if config.size == "small" else method_class.published
+    budget = budget | dict(sample_rate=method_class.sample_rate_hz)
     missing = {name: value for name, value in budget.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
 
@@ -176,13 +202,23 @@ def input_spec(config: BaselineConfig) -> InputSpec:
     """How a probe shows a record to the encoder."""
     lead = "I" if config.leads == 1 else "all"
     preprocessing = dict(normalize="zscore", filter=config.filter or "none")
-    return InputSpec(lead, config.sample_rate or 500.0, preprocessing)
+    return InputSpec(lead, config.sample_rate, preprocessing)
 
 
 def main(method_class: type[Method], config: BaselineConfig) -> dict:
     """Pre-train by one method; returns the last epoch's line of log.jsonl."""
+    return pretrain(method_class, config, selfmis.join_ranks(config.device, config.seed))
+
+
+def pretrain(
+    method_class: type[Method],
+    config: BaselineConfig,
+    ranks: Ranks,
+    *parts: nn.Module,
+    is_last: bool = True,
+) -> dict:
+    """As `main`; `parts` go to the method's constructor.  Not the last: another run needs it."""
     config = with_budget(config, method_class)
-    ranks = selfmis.join_ranks(config.device, config.seed)
     out = selfmis.open_run(config)
     spec = input_spec(config)
     records = selfmis.gather_records(config, spec.sample_rate_hz, train_pretrain.SYNTHETIC_STREAM)
@@ -196,7 +232,9 @@ def main(method_class: type[Method], config: BaselineConfig) -> dict:
     cached = spec._replace(lead="all", preprocessing=spec.preprocessing | dict(normalize="none"))
     rows = np.concatenate([train_rows, val_rows])
     pairs = selfmis.read_pairs(config, records, rows, cached, ranks)
-    run = prepare(method_class, config, ranks, out, spec, pairs, train_rows, val_rows)
+    run = prepare(
+        method_class(config, *parts), config, ranks, out, spec, pairs, train_rows, val_rows
+    )
     if last is None:
         selfmis.begin_run(out, config, describe(run), ranks)
         train_pretrain.save_last(run)
@@ -204,17 +242,18 @@ def main(method_class: type[Method], config: BaselineConfig) -> dict:
         train_pretrain.resume(run, last)
     while run.epoch < config.epochs:
         train_pretrain.train_one_epoch(run)
-        finish_epoch(run, validate(run))
-    ranks.print(f"next: {train_pretrain.next_command(run)} --lead I")
+        metrics = validate(run)
+        finish_epoch(run, metrics)
+        run.model.check(metrics)
+    if is_last:
+        ranks.print(f"next: {train_pretrain.next_command(run)} --lead I")
     return run.last_entry
 
 
-def prepare(
-    method_class, config, ranks, out, spec, pairs, train_rows, val_rows
-) -> BaselineTraining:
+def prepare(method, config, ranks, out, spec, pairs, train_rows, val_rows) -> BaselineTraining:
     """As train_pretrain.py's, without a teacher."""
     train_rows, val_rows = train_pretrain.usable_rows(pairs, train_rows, val_rows, config, ranks)
-    method = method_class(config).to(ranks.device)
+    method.to(ranks.device)
     records = pairs.dataset.records
     return BaselineTraining(
         config=config,
@@ -234,16 +273,15 @@ def prepare(
 
 def make_optimizer(method: Method, config: BaselineConfig) -> torch.optim.Optimizer:
     groups = [dict(params=list(method.parameters()), peak=config.lr)]
-    weight_decay = config.weight_decay
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=weight_decay
+        groups, lr=config.lr, betas=method.betas, eps=1e-6, weight_decay=config.weight_decay
     )
 
 
 def describe(run: BaselineTraining) -> dict:
     """Say what is going to happen, and return it for config.json."""
     config, ranks = run.config, run.ranks
-    parameters = sum(p.numel() for p in run.model.parameters())
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     steps = len(run.train_rows) // (config.batch_size * ranks.world_size)
     ranks.print(
         f"{type(run.model).__name__}: {parameters:,} parameters on {config.leads} lead(s), "
@@ -251,6 +289,8 @@ def describe(run: BaselineTraining) -> dict:
         f"{ranks.device.type}, amp {run.learner.amp}\n{len(run.train_rows):,} records, {steps:,} "
         f"steps an epoch; {len(run.val_rows):,} validate; no label is used"
     )
+    if run.model.legend():
+        ranks.print(run.model.legend())
     return dict(
         method=type(run.model).__name__,
         input=run.spec._asdict(),

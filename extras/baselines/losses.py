@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+TEMPERATURE = 0.1  # in all methods
+
 
 class Gather(torch.autograd.Function):
     """`gather`, whose gradient is summed over processes and cut to this one's rows."""
@@ -35,43 +37,42 @@ def gather(z: torch.Tensor) -> torch.Tensor:
     return Gather.apply(z)
 
 
-def similarities(a: torch.Tensor, b: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cosines over the temperature, (N, D), (M, D) -> (N, M), in float32 at least."""
+def similarities(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Cosines over the temperature, (..., N, D), (..., M, D) -> (..., N, M), at least float32."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     with torch.autocast(a.device.type, enabled=False):
-        return F.normalize(a.to(dtype), dim=-1) @ F.normalize(b.to(dtype), dim=-1).T / temperature
+        a, b = F.normalize(a.to(dtype), dim=-1), F.normalize(b.to(dtype), dim=-1)
+        return a @ b.mT / TEMPERATURE
 
 
-def info_nce(a: torch.Tensor, b: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+def info_nce(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Row i of a and row i of b belong together: cross-entropy by rows and by columns, halved.
 
     a, b: (N, D).
     """
-    logits = similarities(a, b, temperature)  # (N, N)
+    logits = similarities(a, b)  # (N, N)
     partners = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, partners) + F.cross_entropy(logits.T, partners)) / 2
 
 
-def nt_xent(a: torch.Tensor, b: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+def nt_xent(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The same among all 2N views: each looks for its partner among the 2N - 1 others.
 
     a, b: (N, D).
     """
     z = torch.cat([a, b])  # (2N, D)
-    logits = similarities(z, z, temperature)
+    logits = similarities(z, z)
     logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
     partners = torch.arange(len(z), device=z.device).roll(len(a))
     return F.cross_entropy(logits, partners)
 
 
-def patient_nt_xent(
-    z: torch.Tensor, patients: torch.Tensor, temperature: float = 0.1
-) -> torch.Tensor:
+def patient_nt_xent(z: torch.Tensor, patients: torch.Tensor) -> torch.Tensor:
     """3KG's: all views of one patient belong together; the mean over ordered pairs of them.
 
     Each pair competes with the views of other patients only.  z: (N, D); patients: (N,).
     """
-    logits = similarities(z, z, temperature)  # (N, N)
+    logits = similarities(z, z)  # (N, N)
     is_same = patients[:, None] == patients[None, :]
     others = logits.masked_fill(is_same, -torch.inf).logsumexp(1, keepdim=True)  # (N, 1)
     losses = F.softplus(others - logits)  # -log of e^own / (e^own + sum of others)

@@ -9,7 +9,8 @@ Departures from the published form: its disturbances are drawn each time and dro
 up to 0.5 mV on every lead, a step of 1 mV); here each comes with probability 1/2 and is mild, and
 there is a gain.  --published goes back to them.  There is no powerline at 100 Hz, where 50 Hz lies
 on the edge and 60 Hz would fold to 40.  Leads are blanked with --leads 12 only.  Views are always
-scored, where the published ones stay in millivolts.
+scored, where the published ones stay in millivolts; leads are blanked behind that, so that one that
+is left is not larger than a probe will show it.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from extras.baselines.common import BaselineConfig, Method, embed_segment, random_segment
+from extras.baselines.common import ContrastiveConfig, Method, embed_segment, random_segment
 from extras.baselines.common import recompute_limbs, run_baseline, to_view, zscore
 from extras.baselines.losses import gather, nt_xent
 from selfmis import flag
@@ -41,8 +42,9 @@ MILD = Strength(0.5, 0.05, 0.03, 0.0, (-0.1, 0.1), 0.1, (0.8, 1.25))
 
 
 @dataclasses.dataclass
-class SimCLRConfig(BaselineConfig):
+class SimCLRConfig(ContrastiveConfig):
     out: str = flag("runs/simclr", "folder of the run", metavar="DIR")
+    published: bool = flag(False, "disturbances as strong as published, where ours are mild")
 
 
 class SimCLR(Method):
@@ -54,10 +56,10 @@ class SimCLR(Method):
         z = []
         for _ in range(2):
             view = augment(segment, draw, 2 * segment.shape[-1] / 10, strength)
-            view = to_view(view, self.config.leads)
+            view = zscore(to_view(view, self.config.leads))
             if self.config.leads == 12:
                 view = blank_leads(view, draw)
-            z.append(gather(embed_segment(self.encoder, zscore(view))))  # (W B, D)
+            z.append(gather(embed_segment(self.encoder, view)))  # (W B, D)
         return nt_xent(*z), {}
 
 

@@ -10,7 +10,7 @@ All views of one patient in a batch belong together (`patient_nt_xent`).
 Departure: the dipole holds 58 % of lead I's variance, and the published view keeps nothing else,
 turned or not.  Here what the dipole cannot hold stays as it is, so that no turn is no change;
 --published leaves it out.  With --leads 1 twelve leads are turned and then lead I is cut.  Views
-are always scored, where the published ones stay in millivolts.
+are scored before the blanking, where the published ones stay in millivolts.
 """
 
 import dataclasses
@@ -18,10 +18,16 @@ import math
 
 import torch
 
-from extras.baselines.common import BaselineConfig, Method, embed_segment, random_segment
+from extras.baselines.common import (
+    INDEPENDENT,
+    ContrastiveConfig,
+    Method,
+    embed_segment,
+    random_segment,
+)
 from extras.baselines.common import recompute_limbs, run_baseline, to_view, zscore
 from extras.baselines.losses import gather, patient_nt_xent
-from selfmis import LEADS, flag
+from selfmis import flag
 
 # Dipole (x, y, z) = INVERSE_DOWER @ (I, II, V1 ... V6).
 INVERSE_DOWER = torch.tensor(
@@ -33,12 +39,12 @@ INVERSE_DOWER = torch.tensor(
     dtype=torch.float64,
 )
 DOWER = torch.linalg.pinv(INVERSE_DOWER)  # (8, 3), back to the leads
-INDEPENDENT = [LEADS.index(lead) for lead in ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")]
 
 
 @dataclasses.dataclass
-class ThreeKGConfig(BaselineConfig):
+class ThreeKGConfig(ContrastiveConfig):
     out: str = flag("runs/3kg", "folder of the run", metavar="DIR")
+    published: bool = flag(False, "views exactly as published")
 
 
 class ThreeKG(Method):
@@ -49,8 +55,8 @@ class ThreeKG(Method):
         z = []
         for _ in range(2):
             turned = turn(segment, *random_turn(len(ecg), draw), self.config.published)
-            view = blank_half(to_view(turned, self.config.leads), draw)
-            z.append(gather(embed_segment(self.encoder, zscore(view))))  # (W B, D)
+            view = blank_half(zscore(to_view(turned, self.config.leads)), draw)
+            z.append(gather(embed_segment(self.encoder, view)))  # (W B, D)
         patients = gather(patients)  # (W B,)
         return patient_nt_xent(torch.cat(z), torch.cat([patients, patients])), {}
 

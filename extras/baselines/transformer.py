@@ -61,18 +61,35 @@ class Layer(nn.Module):
         return self.narrow(F.gelu(self.widen(x)))
 
 
+class Encoder(nn.Module):
+    """(B, leads, T) -> (B, D), with the attributes of ResNet1D that checkpoints and probes read.
+
+    architecture: the arguments that rebuild the network, `leads` apart.
+    """
+
+    def __init__(self, leads: int, embedding_dim: int, **architecture) -> None:
+        super().__init__()
+        self.architecture = dict(leads=leads, **architecture)
+        self.leads = leads
+        self.embedding_dim = embedding_dim
+        self.lead: str | None = None
+        self.sample_rate_hz: float | None = None
+        self.preprocessing: dict | None = None
+        self.training_data: list[dict] = []
+
+
 def halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first and the second five seconds: (B, L, T) -> (B, L, T // 2) twice."""
     T = x.shape[-1] // 2
     return x[..., :T], x[..., T : 2 * T]
 
 
-class ConvTransformer(nn.Module):
+class ConvTransformer(Encoder):
     """Four convolutions, a token for 16 samples, then a post-norm transformer.
 
     (B, leads, T) -> (B, D): both halves of the record on their own, the mean over time of the last
     layer in each, and the mean of the two.  Under a linear head this is the published mean of the
-    logits of two segments.  Attributes as ResNet1D's.
+    logits of two segments.
     """
 
     def __init__(
@@ -85,16 +102,8 @@ class ConvTransformer(nn.Module):
         feed_forward: int = 3072,
         kernel_size: int = 128,
     ) -> None:
-        super().__init__()
-        self.architecture = dict(leads=leads, width=width, layers=layers, heads=heads)
-        self.architecture |= dict(feed_forward=feed_forward, kernel_size=kernel_size)
-        self.leads = leads
-        self.embedding_dim = width
-        self.lead: str | None = None
-        self.sample_rate_hz: float | None = None
-        self.preprocessing: dict | None = None
-        self.training_data: list[dict] = []
-
+        shape = dict(width=width, layers=layers, heads=heads, feed_forward=feed_forward)
+        super().__init__(leads, embedding_dim=width, kernel_size=kernel_size, **shape)
         channels = [leads, 256, 256, 256, 256]
         self.convs = nn.ModuleList(
             nn.Conv1d(c_in, c_out, 2, stride=2, bias=False)
