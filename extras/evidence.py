@@ -131,9 +131,10 @@ def run_missing(runs: dict[str, list[str]], out: Path) -> None:
     for run, (script, *flags) in runs.items():
         if (out / run / "results.json").exists():  # train_pretrain.py knows when it is finished
             continue
-        command = [script, *flags] if script.endswith(".py") else ["-m", script, *flags]
+        start = [str(HERE.parent / script)] if script.endswith(".py") else ["-m", script]
+        command = [*start, *flags]
         print(f"python {shlex.join(command)}", flush=True)
-        if subprocess.run([sys.executable, *command, "--resume"], cwd=HERE.parent).returncode:
+        if subprocess.run([sys.executable, *command, "--resume"]).returncode:
             sys.exit(f"{run}: the run failed; mend it and start again")
 
 
@@ -298,14 +299,14 @@ def training_cost(out: Path, runs: list[str]) -> list[str]:
             folder = Path(config["encoder"]).parent
         if not (folder / "log.jsonl").exists():
             continue
-        last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-        described = json.loads((folder / "config.json").read_text())
+        minutes.append(0)
+        for log in (*folder.glob("words/log.jsonl"), folder / "log.jsonl"):  # HeartLang has two
+            last = json.loads(log.read_text().splitlines()[-1])
+            described = json.loads(log.with_name("config.json").read_text())
+            records = described.get("training_records") or described["records"]["train"]
+            minutes[-1] += last["epoch"] * records / last["records_per_second"] / 60
         if "r1" in last:
             recalls.append(last["r1"])
-            records = described["training_records"]
-        else:
-            records = described["records"]["train"]
-        minutes.append(last["epoch"] * records / last["records_per_second"] / 60)
     cells = ["", ""]
     if recalls:
         cells[0] = f"{np.mean(recalls):.1f} %"

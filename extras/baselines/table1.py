@@ -1,46 +1,198 @@
-"""Table 1 of the paper at the scale of two cores: what is missing is run, then the table printed.
+"""Table 1 of the paper at the scale of two cores: runs what is missing, then prints the table.
 
     python -m extras.baselines.table1 PTBXL --val-fold 8 --test-fold 9 --out runs/table1
     python -m extras.baselines.table1 PTBXL --val-fold 8 --test-fold 9 --out runs/table1 --tables
 
-PTB-XL at 100 Hz, `small` networks, eight epochs in bf16, the same probe for all.
+PTB-XL at 100 Hz, `small` networks, eight epochs in bf16, one probe for all.  --jobs runs at once,
+of one thread each; some fifteen core-hours.  What was cut off goes on, what is finished stays.
 """
 
-SMALL = "--size small --sample-rate 100 --amp bf16"
-SUPERVISED = f"train_probe.py --finetune --epochs 8 {SMALL}"
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from extras import evidence
+from extras.detect import run_command
+from extras.evidence import PROBE, with_seeds
+
+SMALL = "--size small --sample-rate 100"
+BF16 = f"{SMALL} --amp bf16"
+SUPERVISED = f"train_probe.py --finetune --epochs 8 {BF16}"
 ALIGN = "train_pretrain.py --lr 1e-3 --warmup 50 --epochs 8 --amp bf16"
 RESNET = "--encoder resnet --lr 1e-3"
+CLOCS, SIMCLR, THREE_KG = (f"extras.baselines.{name}" for name in ("clocs", "simclr", "three_kg"))
+METHODS = ("simclr", "wav2vec2", "three_kg", "clocs", "w2v_cmsc", "st_mem", "heartlang")
 
 # As evidence.RUNS: (name, number of seeds, command).
-INDEPENDENT = (
-    ("teacher-#", 1, f"{SUPERVISED} --lead all"),
+FIRST = (
+    ("random-#", 3, f"{PROBE} random --lead I {SMALL}"),
     ("scratch-#", 3, f"{SUPERVISED} --lead I"),
-    ("clocs-resnet-12-#", 3, f"extras.baselines.clocs {SMALL} {RESNET} --leads 12"),
-    ("clocs-resnet-1-#", 3, f"extras.baselines.clocs {SMALL} {RESNET} --leads 1"),
-    ("selfcut-resnet-#", 3, f"extras.baselines.clocs {SMALL} {RESNET} --self-cut"),
-    ("simclr-resnet-12-#", 3, f"extras.baselines.simclr {SMALL} {RESNET} --leads 12"),
-    ("simclr-resnet-1-#", 3, f"extras.baselines.simclr {SMALL} {RESNET} --leads 1"),
-    ("three_kg-resnet-12-#", 3, f"extras.baselines.three_kg {SMALL} {RESNET} --leads 12"),
-    ("three_kg-resnet-1-#", 3, f"extras.baselines.three_kg {SMALL} {RESNET} --leads 1"),
-    ("simclr-1-#", 1, f"extras.baselines.simclr {SMALL} --leads 1"),
-    ("simclr-12-#", 1, f"extras.baselines.simclr {SMALL} --leads 12"),
-    ("wav2vec2-1-#", 1, f"extras.baselines.wav2vec2 {SMALL} --leads 1"),
-    ("wav2vec2-12-#", 1, f"extras.baselines.wav2vec2 {SMALL} --leads 12"),
-    ("three_kg-1-#", 1, f"extras.baselines.three_kg {SMALL} --leads 1"),
-    ("three_kg-12-#", 1, f"extras.baselines.three_kg {SMALL} --leads 12"),
-    ("clocs-1-#", 1, f"extras.baselines.clocs {SMALL} --leads 1"),
-    ("clocs-12-#", 1, f"extras.baselines.clocs {SMALL} --leads 12"),
-    ("w2v_cmsc-1-#", 1, f"extras.baselines.w2v_cmsc {SMALL} --leads 1"),
-    ("w2v_cmsc-12-#", 1, f"extras.baselines.w2v_cmsc {SMALL} --leads 12"),
-    ("st_mem-1-#", 1, f"extras.baselines.st_mem {SMALL} --leads 1"),
-    ("st_mem-12-#", 1, f"extras.baselines.st_mem {SMALL} --leads 12"),
-    ("heartlang-1-#", 1, f"extras.baselines.heartlang {SMALL} --leads 1"),
-    ("heartlang-12-#", 1, f"extras.baselines.heartlang {SMALL} --leads 12"),
+    ("scratch-#-frozen", 3, f"{PROBE} @scratch-#"),
+    ("teacher-#", 1, f"{SUPERVISED} --lead all"),
+    ("clocs-resnet-12-#", 3, f"{CLOCS} {BF16} {RESNET} --leads 12"),
+    ("clocs-resnet-1-#", 3, f"{CLOCS} {BF16} {RESNET} --leads 1"),
+    ("clocs-resnet-cut-#", 3, f"{CLOCS} {BF16} {RESNET} --self-cut"),
+    ("simclr-resnet-12-#", 3, f"{SIMCLR} {BF16} {RESNET} --leads 12"),
+    ("simclr-resnet-1-#", 3, f"{SIMCLR} {BF16} {RESNET} --leads 1"),
+    ("three_kg-resnet-12-#", 3, f"{THREE_KG} {BF16} {RESNET} --leads 12"),
+    ("three_kg-resnet-1-#", 3, f"{THREE_KG} {BF16} {RESNET} --leads 1"),
+    *((f"{name}-1-#", 1, f"extras.baselines.{name} {BF16} --leads 1") for name in METHODS),
+    *((f"{name}-12-#", 1, f"extras.baselines.{name} {BF16} --leads 12") for name in METHODS),
 )
-ALIGNED = (
+THEN = (  # what needs the weights of those
     ("paper-#", 3, f"{ALIGN} --loss paper --multi @teacher-0"),
     ("softmax-#", 3, f"{ALIGN} --loss softmax --multi @teacher-0"),
     ("paper-free-#", 3, f"{ALIGN} --loss paper --multi @clocs-resnet-12-0"),
     ("softmax-free-#", 3, f"{ALIGN} --loss softmax --multi @clocs-resnet-12-0"),
     ("softmax-start-#", 3, f"{ALIGN} --loss softmax --multi @teacher-0 --single @clocs-resnet-1-#"),
 )
+# Probed beside a random encoder of the same architecture.
+WITH_BASELINE = ("clocs-1-0", "st_mem-1-0", "heartlang-1-0")
+
+
+def all_runs(plan: tuple, shared: list[str], out: Path) -> dict[str, list[str]]:
+    runs = evidence.all_runs(plan, shared, out)
+    for run in WITH_BASELINE:
+        if f"{run}-probe" in runs:
+            runs[f"{run}-probe"].append("--baseline")
+    return runs
+
+
+def run_missing(runs: dict[str, list[str]], out: Path, jobs: int) -> None:
+    """Every run that is not finished and then its probe, `jobs` of them at once."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    chains = {}
+    for run in runs:
+        start = run.removesuffix("-probe").removesuffix("-frozen")
+        chains.setdefault(start, {})[run] = runs[run]
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(lambda chain: evidence.run_missing(chain, out), chains.values()):
+            pass
+
+
+class Row(NamedTuple):
+    """A line of the table for each head."""
+
+    method: str
+    sees: str  # while it trains; all are tested on lead I
+    network: str
+    labels: str  # that pre-training has seen
+    runs: list[str]
+    paper: str = ""  # its mean AUC of nine types, in the paper
+    head: str = ""  # the end of its heads' names
+
+
+def benchmark(name: str, method: str, network: str, paper: str) -> list[Row]:
+    """A method of Table 1 on lead I and on twelve leads."""
+    return [
+        Row(method, "lead I", network, "none", [f"{name}-1-0-probe"]),
+        Row(method, "12 leads", network, "none", [f"{name}-12-0-probe"], paper),
+    ]
+
+
+def on_resnet(name: str, method: str) -> list[Row]:
+    """The same on this repository's network."""
+    runs = {sees: with_seeds(f"{name}-resnet-{sees}-#-probe") for sees in ("1", "12")}
+    return [
+        Row(method, "lead I", "ResNet1D", "none", runs["1"]),
+        Row(method, "12 leads", "ResNet1D", "none", runs["12"]),
+    ]
+
+
+CONV = "conv-transformer"
+SELFMIS = with_seeds("softmax-#-probe")
+RANDOM = ", random encoder"
+ROWS = (
+    Row("random", "", "ResNet1D", "none", with_seeds("random-#")),
+    Row("random", "", CONV, "none", ["clocs-1-0-probe"], head=RANDOM),
+    Row("random", "", "ST-MEM's", "none", ["st_mem-1-0-probe"], head=RANDOM),
+    Row("random", "", "HeartLang's", "none", ["heartlang-1-0-probe"], head=RANDOM),
+    *benchmark("simclr", "SimCLR", CONV, "60.7"),
+    *benchmark("wav2vec2", "Wav2Vec 2", CONV, "63.4"),
+    *benchmark("three_kg", "3KG", CONV, "62.0"),
+    *benchmark("clocs", "CLOCS", CONV, "65.9"),
+    *benchmark("w2v_cmsc", "W2V-CMSC", CONV, "78.2"),
+    *benchmark("st_mem", "ST-MEM", "its own", "73.3"),
+    *benchmark("heartlang", "HeartLang", "its own", "76.1"),
+    *on_resnet("simclr", "SimCLR"),
+    *on_resnet("three_kg", "3KG"),
+    *on_resnet("clocs", "CLOCS"),
+    Row("CLOCS, self-cut", "both", "ResNet1D", "none", with_seeds("clocs-resnet-cut-#-probe")),
+    Row("supervised", "lead I", "ResNet1D", "all", with_seeds("scratch-#-frozen")),
+    Row("SelfMIS, Eq. (3)", "both", "ResNet1D", "teacher's", with_seeds("paper-#-probe"), "82.6"),
+    Row("SelfMIS, InfoNCE", "both", "ResNet1D", "teacher's", SELFMIS),
+    Row(
+        "SelfMIS, InfoNCE, student from CLOCS",
+        "both",
+        "ResNet1D",
+        "teacher's",
+        with_seeds("softmax-start-#-probe"),
+    ),
+    Row(
+        "SelfMIS, Eq. (3), teacher from CLOCS",
+        "both",
+        "ResNet1D",
+        "none",
+        with_seeds("paper-free-#-probe"),
+    ),
+    Row(
+        "SelfMIS, InfoNCE, teacher from CLOCS",
+        "both",
+        "ResNet1D",
+        "none",
+        with_seeds("softmax-free-#-probe"),
+    ),
+)
+
+
+def print_tables(out: Path) -> None:
+    """A table for each head, of what is there."""
+    for head in ("logistic", "adam"):
+        lines = [["method", "sees", "network", "labels", "seeds", *evidence.MEANS.values()]]
+        lines[0] += ["six minus SelfMIS", "R@1", "minutes", "nine, paper"]
+        selfmis_scores = evidence.scores(out, tuple(SELFMIS), head)
+        for row in ROWS:
+            own = evidence.scores(out, tuple(row.runs), head + row.head)
+            if own is None:
+                continue
+            line = [row.method, row.sees, row.network, row.labels, len(own.sixes)]
+            line += [own.cell(group) for group in evidence.MEANS]
+            other = None if row.runs == SELFMIS else selfmis_scores
+            line.append(evidence.difference(own, other, "six"))
+            line += ["", ""] if row.head else evidence.training_cost(out, row.runs)
+            lines.append([*line, row.paper])
+        evidence.print_table(f"Table 1, {head} head", lines)
+
+
+def run_table(flags: argparse.Namespace) -> None:
+    shared = ["--data", flags.data, "--val-fold", str(flags.val_fold)]
+    shared += ["--test-fold", str(flags.test_fold)]
+    for plan in (FIRST, THEN):
+        runs = all_runs(plan, shared, flags.out)
+        if not flags.tables:
+            run_missing(runs, flags.out, flags.jobs)
+    print_tables(flags.out)
+
+
+def main(argv=None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m extras.baselines.table1",
+        None,
+        __doc__,
+        allow_abbrev=False,
+        formatter_class=layout,
+    )
+    parser.add_argument("data", metavar="PTBXL", help="a folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/table1"), help="of the runs")
+    parser.add_argument("--val-fold", type=int, default=9, help="default: 9")
+    parser.add_argument("--test-fold", type=int, default=10, help="default: 10")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    parser.add_argument("--tables", action="store_true", help="run nothing, print what is there")
+    run_command(run_table, parser, argv)
+
+
+if __name__ == "__main__":
+    main()
