@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import made_up
+from methods import METHODS
 
 import selfmis
 import train_probe
@@ -171,22 +172,37 @@ def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
     assert np.isfinite([run["diagnostic"] for run in results["runs"]]).all()
 
 
-@pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize(
-    "method, config_class",
-    [(simclr.SimCLR, simclr.SimCLRConfig), (three_kg.ThreeKG, three_kg.ThreeKGConfig)],
+    "name, more",
+    [
+        ("simclr", dict(encoder="resnet", published=True)),
+        ("simclr", dict(encoder="resnet")),
+        ("three_kg", dict(encoder="resnet", published=True)),
+        ("three_kg", dict(encoder="resnet")),
+        ("wav2vec2", dict(leads=1)),
+        ("w2v_cmsc", dict(published=True)),
+        ("w2v_cmsc", dict(leads=12)),
+        ("st_mem", dict(leads=1)),
+        ("st_mem", dict(leads=12)),
+    ],
 )
-def test_the_others_run_too(tmp_path, ptbxl, method, config_class, published):
-    more = dict(encoder="resnet", epochs=1, published=published)
-    config = settings(tmp_path, ptbxl, config_class, **more)
-    entry = common.main(method, config)
-    assert math.isfinite(entry["train_loss"]) and entry["epoch"] == 1
+def test_the_others_run_too_and_their_encoders_open(tmp_path, ptbxl, name, more):
+    method, config_class = METHODS[name]
+    entry = common.main(method, settings(tmp_path, ptbxl, config_class, epochs=1, **more))
+    assert math.isfinite(entry["train_loss"]) and math.isfinite(entry["val_loss"])
+    encoder = selfmis.load_encoder(tmp_path / "out/best.pt").eval()
+    x = torch.randn(3, encoder.leads, 1000)
+    with torch.no_grad():
+        embedding = encoder(x)
+        torch.testing.assert_close(encoder(x[1:]), embedding[1:], rtol=1e-4, atol=1e-5)
+    assert embedding.shape == (3, encoder.embedding_dim)
+    assert encoder.sample_rate_hz == 100 and not encoder.training_data[0]["labels"]
 
 
 def test_a_checkpoint_cannot_name_another_network(tmp_path, tiny):
     content = selfmis.read_checkpoint(tiny[1]) | dict(network="Popen")
     selfmis.save(tmp_path / "a.pt", content)
-    with pytest.raises(UsageError, match="a network 'Popen'; there are ResNet1D, ConvTransformer"):
+    with pytest.raises(UsageError, match="a network 'Popen'; there are ResNet1D, BeatTransformer"):
         selfmis.load_encoder(tmp_path / "a.pt")
 
 

@@ -37,19 +37,7 @@ assert_close = torch.testing.assert_close
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.5])
-def test_two_orthogonal_pairs(temperature):
-    pairs = torch.eye(2, dtype=torch.float64)
-    other = math.exp(-1 / temperature)  # of one wrong partner, beside the right one
-    patients = torch.tensor([0, 1, 0, 1])
-    expected = pytest.approx(math.log1p(2 * other), rel=1e-10)
-    assert nt_xent(pairs, pairs, temperature).item() == expected
-    assert patient_nt_xent(torch.cat([pairs, pairs]), patients, temperature).item() == expected
-    expected = pytest.approx(math.log1p(other), rel=1e-10)
-    assert info_nce(pairs, pairs, temperature).item() == expected
-
-
-def test_the_default_temperature_is_the_published_one():
+def test_two_orthogonal_pairs():
     pairs = torch.eye(2, dtype=torch.float64)
     assert nt_xent(pairs, pairs).item() == pytest.approx(9.0796e-5, abs=5e-10)
     assert patient_loss(pairs, pairs).item() == pytest.approx(9.0796e-5, abs=5e-10)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from extras.baselines.common import generator, recompute_limbs
+from extras.baselines.common import INDEPENDENT, generator, recompute_limbs
 from extras.baselines.simclr import MILD, PUBLISHED, augment, blank_leads
 from extras.baselines.three_kg import DOWER as FROM_DIPOLE
-from extras.baselines.three_kg import INDEPENDENT, INVERSE_DOWER, blank_half, random_turn
+from extras.baselines.three_kg import INVERSE_DOWER, blank_half, random_turn
 from extras.baselines.three_kg import rotation, turn
 from extras.synthetic_tables import DOWER
 

@@ -11,19 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HERE
+from methods import METHODS
 
 import selfmis
 import train_pretrain
-from extras.baselines.clocs import ClocsConfig
-from extras.baselines.simclr import SimCLRConfig
-from extras.baselines.three_kg import ThreeKGConfig
 from train_pretrain import PretrainConfig
 from train_probe import ProbeConfig
 
 README = (HERE / "README.md").read_text()
 CONFIGS = {"train_pretrain": PretrainConfig, "train_probe": ProbeConfig}
-BASELINES = {"baselines.clocs": ClocsConfig, "baselines.simclr": SimCLRConfig}
-BASELINES |= {"baselines.three_kg": ThreeKGConfig}
+BASELINES = {f"baselines.{name}": config for name, (_, config) in METHODS.items()}
 SCRIPT = re.compile(r"(train_pretrain|train_probe)\.py([^`#|)&]*)")
 EXTRA = re.compile(r"-m extras\.([\w.]+)([^`#|)&>]*)")
 
@@ -59,7 +56,7 @@ def parse(monkeypatch):
             config = selfmis.parse_flags(configs[name], "", arguments)
             assert dataclasses.is_dataclass(config)
             return
-        assert (HERE / f"extras/{name}.py").is_file()
+        assert (HERE / "extras" / f"{name.replace('.', '/')}.py").is_file()
         with monkeypatch.context() as patch:
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
             with pytest.raises(Parsed):

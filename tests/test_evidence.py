@@ -9,28 +9,33 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HERE
+from methods import METHODS
 
 import selfmis
 import train_pretrain
 import train_probe
 from extras import evidence, speed, speed_gpu, timing
+from extras.baselines import table1
 
 CONFIGS = {
     "train_pretrain.py": train_pretrain.PretrainConfig,
     "train_probe.py": train_probe.ProbeConfig,
+    **{f"extras.baselines.{name}": config for name, (_, config) in METHODS.items()},
 }
-RUNS = evidence.all_runs(["--data", "ptb-xl"], Path("runs"))
+RUNS = evidence.all_runs(evidence.RUNS, ["--data", "ptb-xl"], Path("runs"))
+TABLE1 = table1.all_runs((*table1.FIRST, *table1.THEN), ["--data", "ptb-xl"], Path("runs"))
 RESULTS = (HERE / "extras/RESULTS.md").read_text()
 
 
-def test_every_command_has_flags_that_exist_and_needs_earlier_runs_only():
+@pytest.mark.parametrize("runs", [RUNS, TABLE1], ids=["all runs", "table 1"])
+def test_every_command_has_flags_that_exist_and_needs_earlier_runs_only(runs):
     made = set()
-    for run, (script, *flags) in RUNS.items():
+    for run, (script, *flags) in runs.items():
         config = selfmis.parse_flags(CONFIGS[script], "", flags)
         needed = [Path(flag).parent.name for flag in flags if flag.endswith("best.pt")]
         assert set(needed) <= made, run
         assert config.out == f"runs/{run}" and config.data[0] == "ptb-xl"
-        if script == "train_pretrain.py" or config.finetune:
+        if script != "train_probe.py" or config.finetune:
             made.add(run)  # these leave a best.pt
 
 
@@ -39,6 +44,7 @@ def test_every_row_is_made_by_a_run():
     for table in ("MAIN", "FULL_SIZE", "SAME_STEPS", "FEW_LABELS"):
         rows += getattr(evidence, table).values()
     assert {run for row in rows for run in row} <= set(RUNS)
+    assert {run for row in table1.ROWS for run in row.runs} <= set(TABLE1)
 
 
 @pytest.fixture
@@ -103,6 +109,27 @@ def test_what_is_finished_is_not_started_again(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="scratch-1: the run failed"):
         evidence.run_missing(dict.fromkeys(["scratch-0", "scratch-1"], RUNS["scratch-1"]), tmp_path)
     assert started == ["scratch-1"]
+
+
+def test_table_1_shows_what_is_there(finished, capsys):
+    table1.main(["ptb-xl", "--out", str(finished), "--tables"])
+    logistic, adam = capsys.readouterr().out.split("\n## Table 1, ")[1:]
+    (line,) = [line for line in logistic.splitlines() if line.startswith("| SelfMIS")]
+    results = json.loads((finished / "softmax-0-probe/results.json").read_text())
+    six = train_probe.format_cell(results["heads"]["logistic"]["six"], "mean", "{:.3f}")
+    assert line.startswith("| SelfMIS, InfoNCE ") and f"| 2     | {six} " in line
+    assert adam.startswith("adam head") and "supervised" in logistic
+
+
+def test_runs_and_their_probes_follow_each_other(tmp_path, monkeypatch):
+    chains = []
+    monkeypatch.setattr(evidence, "run_missing", lambda chain, out: chains.append(list(chain)))
+    runs = dict.fromkeys(
+        ["clocs-1-0", "clocs-1-0-probe", "random-0", "scratch-0", "scratch-0-frozen"]
+    )
+    table1.run_missing(runs, tmp_path, jobs=2)
+    together = [["clocs-1-0", "clocs-1-0-probe"], ["random-0"], ["scratch-0", "scratch-0-frozen"]]
+    assert sorted(chains) == together
 
 
 def test_picture_and_readme_table_are_drawn_from_the_results(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,13 @@
+"""The methods of extras/baselines, by the names of their files."""
+
+from extras.baselines import clocs, heartlang, simclr, st_mem, three_kg, w2v_cmsc, wav2vec2
+
+METHODS = {
+    "simclr": (simclr.SimCLR, simclr.SimCLRConfig),
+    "wav2vec2": (wav2vec2.Wav2Vec2, wav2vec2.Wav2Vec2Config),
+    "three_kg": (three_kg.ThreeKG, three_kg.ThreeKGConfig),
+    "clocs": (clocs.CLOCS, clocs.ClocsConfig),
+    "w2v_cmsc": (w2v_cmsc.W2VCMSC, w2v_cmsc.W2VCMSCConfig),
+    "st_mem": (st_mem.STMEM, st_mem.STMEMConfig),
+    "heartlang": (heartlang.HeartLang, heartlang.HeartLangConfig),
+}
