@@ -301,10 +301,12 @@ def training_cost(out: Path, runs: list[str]) -> list[str]:
             continue
         minutes.append(0)
         for log in (*folder.glob("words/log.jsonl"), folder / "log.jsonl"):  # HeartLang has two
-            last = json.loads(log.read_text().splitlines()[-1])
+            entries = [json.loads(line) for line in log.read_text().splitlines()]
+            rates = [e["records_per_second"] for e in entries if "records_per_second" in e]
+            last = entries[-1]
             described = json.loads(log.with_name("config.json").read_text())
             records = described.get("training_records") or described["records"]["train"]
-            minutes[-1] += last["epoch"] * records / last["records_per_second"] / 60
+            minutes[-1] += last["epoch"] * records / np.median(rates) / 60
         if "r1" in last:
             recalls.append(last["r1"])
     cells = ["", ""]
