@@ -206,8 +206,35 @@ def test_a_checkpoint_cannot_name_another_network(tmp_path, tiny):
         selfmis.load_encoder(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    "name, flags, sentence",
+    [
+        ("st_mem", dict(size="small", sample_rate=250), "its patches are for 100 Hz"),
+        ("st_mem", dict(sample_rate=100), "its patches are for 250 Hz"),
+        ("clocs", dict(lead="I"), "--lead I: give --leads 1"),
+        ("clocs", dict(compile=True), "--compile: not for a baseline"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, flags, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        METHODS[name][1](**flags)
+
+
+def test_a_collapse_stops_before_anything_is_saved_and_again_on_resume(tmp_path, ptbxl):
+    class Collapsing(clocs.CLOCS):
+        def check(self, metrics):
+            raise UsageError("collapsed")
+
+    config = settings(tmp_path, ptbxl, encoder="resnet", epochs=1)
+    for changed in (config, dataclasses.replace(config, resume=True)):
+        with pytest.raises(UsageError, match="collapsed"):
+            common.main(Collapsing, changed)
+    assert not (tmp_path / "out/best.pt").exists()
+
+
 def test_the_budget_follows_from_the_size_and_flags_go_before_it():
-    for size, budget in (("small", (8, 128, 5e-4, 50)), (None, (200, 64, 5e-5, 0))):
+    for size, budget in (("small", (100, 8, 128, 5e-4, 50)), (None, (500, 200, 64, 5e-5, 0))):
         config = common.with_budget(clocs.ClocsConfig(size=size), clocs.CLOCS)
-        assert (config.epochs, config.batch_size, config.lr, config.warmup) == budget
+        schedule = (config.epochs, config.batch_size, config.lr, config.warmup)
+        assert (config.sample_rate, *schedule) == budget
     assert common.with_budget(clocs.ClocsConfig(size="small", lr=1.0), clocs.CLOCS).lr == 1.0

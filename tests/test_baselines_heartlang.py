@@ -172,8 +172,8 @@ def test_lead_I_with_empty_leads_is_its_words_alone(ecg, encoder):
     assert 5 < n < 16
     words = cut_words(x[:, :1], places, is_beat)[:, :, :n]
     seconds = torch.stack([encoder.second_vectors[R // 100] for R in places[0, :n].tolist()])
-    tokens = encoder.words.look(words) + encoder.lead_vectors[0] + seconds
-    read = encoder.words.read(tokens, torch.ones(1, 1, n, dtype=torch.bool))
+    tokens = encoder.transformer.look(words) + encoder.lead_vectors[0] + seconds
+    read = encoder.transformer.read(tokens, torch.ones(1, 1, n, dtype=torch.bool))
     assert_close(encoder(x), read[:, 0].mean(1), rtol=0, atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_the_gradient_of_a_drawn_word_passes_its_code(ecg, vocabulary, monkeypat
     assert gradient.abs().max() > 1e-5
     assert_close(z.grad[is_real], gradient + 2 * away / away.numel())
 
-    drawn = vocabulary.draw(vocabulary.decoder.read(look(seen[0]), is_real))
+    drawn = vocabulary.sketch(vocabulary.decoder.read(look(seen[0]), is_real))
     error = (drawn - words)[is_real].square().mean()
     assert_close(numbers["error"], error.detach())
     assert_close(loss, error + away.square().mean())
@@ -250,7 +250,7 @@ def test_the_gradient_of_a_drawn_word_passes_its_code(ecg, vocabulary, monkeypat
 def test_in_training_codes_start_as_real_words_and_move(ecg, vocabulary, monkeypatch):
     vocabulary.train().idle.fill_(IDLE_STEPS)
     words, places, is_real = vocabulary.encoder.cut(zscore(ecg))
-    read = vocabulary.encoder.words.read(vocabulary.encoder.tokens(words, places), is_real)
+    read = vocabulary.encoder.transformer.read(vocabulary.encoder.tokens(words, places), is_real)
     z = vocabulary.squeeze(read)[is_real].detach()
     z = z / z.norm(dim=1, keepdim=True)
     seen = []
@@ -282,8 +282,10 @@ def test_half_of_the_real_words_are_masked():
 def test_the_loss_is_the_cross_entropy_of_masked_words(ecg, reader):
     words, places, is_real = reader.encoder.cut(zscore(ecg))
     seen = []
-    reader.encoder.words.layers[0].register_forward_pre_hook(lambda _, call: seen.append(call[1]))
-    reader.encoder.words.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
+    reader.encoder.transformer.layers[0].register_forward_pre_hook(
+        lambda _, call: seen.append(call[1])
+    )
+    reader.encoder.transformer.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
     loss, numbers = reader(ecg, None, generator(5))
     assert torch.equal(seen[0][:, 1:], is_real.flatten(1))
     is_masked = mask_half(is_real, generator(5))

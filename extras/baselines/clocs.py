@@ -5,8 +5,8 @@
 A record is scored (z-score of all its leads), cut into two halves of five seconds, and InfoNCE over
 the batch asks which second half belongs to which first half.  Published (Kiyasseh et al. 2021): one
 lead, three convolutions and a linear layer; the SelfMIS paper's 90.37 M parameters are those of
-the conv-transformer on twelve leads, and that is the network here.  Departures: records of one
-patient in one batch are no extra pairs; AdamW with a cosine.
+the conv-transformer on twelve leads, and that is the network here.  A departure: other records of
+the same patient in a batch count as strangers, where they are pairs too as published.
 
 --self-cut is ours: each half shows, with probability 1/2, all leads or lead I alone, scored alone,
 beside eleven rows of zeros: a SelfMIS that needs neither labels nor a teacher.
@@ -16,9 +16,9 @@ import dataclasses
 
 import torch
 
-from extras.baselines.common import ContrastiveConfig, Method, embed_segment, run_baseline, to_view
+from extras.baselines.common import ContrastiveConfig, ContrastiveMethod, run_baseline, to_view
 from extras.baselines.common import zscore
-from extras.baselines.losses import gather, info_nce
+from extras.baselines.losses import info_nce
 from extras.baselines.transformer import halves
 from selfmis import UsageError, flag, with_empty_leads
 
@@ -34,7 +34,7 @@ class ClocsConfig(ContrastiveConfig):
             raise UsageError("--self-cut: it needs --leads 12")
 
 
-class CLOCS(Method):
+class CLOCS(ContrastiveMethod):
     """InfoNCE between the two halves of a record."""
 
     def forward(self, ecg, patients, draw):
@@ -44,8 +44,8 @@ class CLOCS(Method):
             views = [
                 choose(whole, cut, draw) for whole, cut in zip(views, halves(alone), strict=True)
             ]
-        a, b = (gather(embed_segment(self.encoder, view)) for view in views)  # (W B, D)
-        return info_nce(a, b), {}
+        first, second = views
+        return info_nce(self.embed(first), self.embed(second)), {}
 
 
 def choose(whole: torch.Tensor, cut: torch.Tensor, draw: torch.Generator) -> torch.Tensor:

@@ -4,13 +4,16 @@ A baseline is a `Method`: it makes its views of a batch of twelve-lead records, 
 returns its loss.  All else is train_pretrain.py's: the same cache, steps, losses that must stay
 finite, progress lines and --resume.  Labels are never looked at.
 
-The budget of `--size small` is the one of all methods of the benchmark: 8 epochs of 128 records,
-AdamW, weight decay 0.01, 50 steps of warm-up, then a cosine to 0, and the weights of the last
-epoch.  Without it size, epochs, batch and rate are the published ones; the schedule stays.
+The budget of `--size small` is the one of all methods of the benchmark: 100 Hz, 8 epochs in
+batches of 128 (under torchrun of each process: give --batch-size), AdamW, weight decay 0.01, 50
+steps of warm-up, then a cosine to 0, gradients clipped at 1, and the weights of the last epoch.
+Without it size, epochs, rate, and the batch of one of several processes (fairseq's eight) are the
+published ones; cosine and clipping stay, where those published with a constant rate have neither.
 """
 
 import dataclasses
 import math
+import os
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +22,7 @@ import torch.nn as nn
 
 import selfmis
 import train_pretrain
+from extras.baselines.losses import gather
 from extras.baselines.transformer import CONV_SIZES, ConvTransformer
 from extras.synthetic import DERIVED
 from selfmis import LEADS, SIZES, Config, InputSpec, Ranks, ResNet1D, UsageError, flag
@@ -26,7 +30,10 @@ from selfmis import lead_index
 from train_pretrain import Training
 
 INDEPENDENT = [i for i, lead in enumerate(LEADS) if lead not in DERIVED]  # I, II, V1 ... V6
-SMALL_BUDGET = dict(epochs=8, batch_size=128, lr=5e-4, warmup=50, weight_decay=0.01)
+SMALL_BUDGET = dict(sample_rate=100.0, epochs=8, batch_size=128)
+PUBLISHED_BUDGET = dict(sample_rate=500.0, epochs=200, batch_size=64)
+SMALL_BUDGET |= dict(lr=5e-4, warmup=50, weight_decay=0.01)
+PUBLISHED_BUDGET |= dict(lr=5e-5, warmup=0, weight_decay=0.01)
 
 
 @dataclasses.dataclass
@@ -48,16 +55,19 @@ class BaselineConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lead not in (None, "I"):
+        if self.lead is not None:
             raise UsageError(f"--lead {self.lead}: give --leads 1 for lead I, --leads 12 for all")
+        if self.compile:
+            raise UsageError("--compile: not for a baseline, whose encoder is called in parts")
         if self.normalize not in (None, "zscore"):
             raise UsageError(f"--normalize {self.normalize}: views are always scored")
 
     def demonstration(self) -> dict:
-        return dict(data=["synthetic:3000"], size="small", sample_rate=100)
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        return dict(data=["synthetic:3000"], size="small", batch_size=max(1, 128 // processes))
 
     demonstrates = "a demonstration on synthetic ECG"
-    loss: ClassVar[str] = "of the method"  # what train_pretrain.py's lines ask for
+    loss: ClassVar[str] = ""  # none of train_pretrain.py's, whose progress lines ask for it
 
 
 @dataclasses.dataclass
@@ -71,13 +81,6 @@ class ContrastiveConfig(BaselineConfig):
     )
 
 
-def embed_segment(encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """One segment of five seconds, (B, L, T) -> (B, D), in whichever network."""
-    if isinstance(encoder, ResNet1D):
-        return encoder(x)
-    return encoder.embed_segment(x)
-
-
 class Method(nn.Module):
     """An encoder and how it is pre-trained.
 
@@ -86,11 +89,8 @@ class Method(nn.Module):
     """
 
     small: ClassVar[dict] = SMALL_BUDGET
-    published: ClassVar[dict] = dict(
-        epochs=200, batch_size=64, lr=5e-5, warmup=0, weight_decay=0.01
-    )
+    published: ClassVar[dict] = PUBLISHED_BUDGET
     betas: ClassVar[tuple[float, float]] = (0.9, 0.98)
-    sample_rate_hz: ClassVar[float] = 500.0  # unless --sample-rate says otherwise
     progress: float = 0.0  # share of the training that is done, for what changes in its course
 
     def __init__(self, config: BaselineConfig) -> None:
@@ -100,8 +100,6 @@ class Method(nn.Module):
 
     @staticmethod
     def make_encoder(config: BaselineConfig) -> nn.Module:
-        if getattr(config, "encoder", "transformer") == "resnet":
-            return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
         return ConvTransformer(config.leads, **CONV_SIZES[config.size or "published"])
 
     def forward(
@@ -121,6 +119,22 @@ class Method(nn.Module):
 
     def check(self, metrics: dict) -> None:
         """UsageError if the epoch's numbers show that training has failed."""
+
+
+class ContrastiveMethod(Method):
+    """A method that compares embeddings of five seconds, in either network."""
+
+    @staticmethod
+    def make_encoder(config: ContrastiveConfig) -> nn.Module:
+        if config.encoder == "resnet":
+            return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
+        return Method.make_encoder(config)
+
+    def embed(self, view: torch.Tensor) -> torch.Tensor:
+        """Five seconds of this process's records (B, L, T) -> embeddings of all processes."""
+        is_resnet = isinstance(self.encoder, ResNet1D)
+        z = self.encoder(view) if is_resnet else self.encoder.embed_segment(view)
+        return gather(z)  # (W B, D)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,8 +163,8 @@ def random_segment(
     B, L, T = ecg.shape
     length = length or T // 2
     start = torch.randint(T - length + 1, (B, 1, 1), generator=draw)
-    columns = start + torch.arange(length)  # (B, 1, length)
-    return ecg.gather(2, columns.expand(B, L, -1).to(ecg.device))
+    columns = (start + torch.arange(length)).to(ecg.device)  # (B, 1, length)
+    return ecg.gather(2, columns.expand(B, L, -1))
 
 
 def recompute_limbs(ecg: torch.Tensor) -> torch.Tensor:
@@ -174,9 +188,9 @@ class BaselineTraining(Training):
         config, ranks = self.config, self.ranks
         steps = len(self.train_rows) // (config.batch_size * ranks.world_size)  # an epoch
         self.model.progress = (self.epoch + self.step / steps) / config.epochs
-        draw = generator(config.seed, self.epoch, self.step, ranks.rank)
-        torch.manual_seed(draw.initial_seed())  # for dropout, which takes no generator
-        return self.learner.forward(signals, self.patients(rows), draw)[0]
+        key = (config.seed, self.epoch, self.step, ranks.rank)
+        torch.manual_seed(generator(*key, 1).initial_seed())  # dropout takes no generator
+        return self.learner.forward(signals, self.patients(rows), generator(*key))[0]
 
     def patients(self, rows: np.ndarray) -> torch.Tensor:
         """(B,) int64, different for patients of different collections."""
@@ -193,7 +207,6 @@ def generator(*key: int) -> torch.Generator:
 def with_budget(config: BaselineConfig, method_class: type[Method]) -> BaselineConfig:
     """The settings with what follows from --size, where no flag says otherwise."""
     budget = method_class.small if config.size == "small" else method_class.published
-    budget = budget | dict(sample_rate=method_class.sample_rate_hz)
     missing = {name: value for name, value in budget.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
 
@@ -243,8 +256,8 @@ def pretrain(
     while run.epoch < config.epochs:
         train_pretrain.train_one_epoch(run)
         metrics = validate(run)
+        run.model.check(metrics)  # before anything is saved
         finish_epoch(run, metrics)
-        run.model.check(metrics)
     if is_last:
         ranks.print(f"next: {train_pretrain.next_command(run)} --lead I")
     return run.last_entry

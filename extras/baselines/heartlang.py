@@ -3,9 +3,9 @@
     python -m extras.baselines.heartlang --data ptb-xl --sample-rate 100 --size small --out runs/hl
 
 A word is a beat in one lead: the R peaks of lead I cut all leads at the mid-points between them, at
-most 96 samples (at 100 Hz) with R at the 48th.  First `Vocabulary`, a run of its own in OUT/words,
-learns to squeeze each word into one of V unit vectors, its code, and to draw it again.  Then
-`HeartLang` masks half of the words and predicts their codes from the others.
+most 48 samples (at 100 Hz) before R and 48 from R on.  First `Vocabulary`, a run of its own in
+OUT/words, learns to squeeze each word into one of V unit vectors, its code, and to draw it again.
+Then `HeartLang` masks half of the words and predicts their codes from the others.
 
 The embedding is the mean over words of the last layer.  To a probe an all-zero row is an absent
 lead: it has no words.
@@ -14,7 +14,8 @@ Departures from the published form: padding is attended to by nobody and has no 
 convolution over neighbours stays within a lead; codes are asked for with lead and time, as they
 were learned; exactly half of the real words are masked; codes start as words, not by k-means, and
 those that are not used for 100 steps start anew; the mean of the words is probed, not CLS, which no
-loss trains; `--size small` sees the eight independent leads; gradients are clipped at 1, not 3.
+loss trains; `--size small` sees the eight independent leads; gradients are clipped at 1, not 3, and
+warm-up is 500 steps, not 5 epochs; where no R is found a record is cut every 96 samples.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ from extras.baselines.common import to_view, zscore
 from extras.baselines.transformer import Encoder, Layer
 from selfmis import LEADS, UsageError, flag, import_optional, lead_index
 
+RATE_HZ = 100
 BEAT = 96  # samples of a word
 CENTRE = 48  # of these, where R is
 IDLE_STEPS = 100  # a code that no word takes for so long starts anew
@@ -60,7 +62,9 @@ VOCABULARIES = {
 class HeartLangConfig(BaselineConfig):
     out: str = flag("runs/heartlang", "folder of the run", metavar="DIR")
     vocabulary_epochs: int | None = flag(
-        None, "passes for the vocabulary, which comes first (small: 2, else as published)"
+        None,
+        "passes for the vocabulary, which comes first and has a rate of its own "
+        "(small: 2, else as published)",
     )
 
     def __post_init__(self) -> None:
@@ -83,7 +87,7 @@ def find_beats(lead_I: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Te
     places = torch.zeros(len(lead_I), slots, dtype=torch.int64)
     is_real = torch.zeros(len(lead_I), slots, dtype=torch.bool)
     for i, signal in enumerate(lead_I.double().cpu().numpy()):
-        beats = processing.xqrs_detect(signal, 100, verbose=False)[:slots]
+        beats = processing.xqrs_detect(signal, RATE_HZ, verbose=False)[:slots]
         if len(beats) == 0:
             beats = range(CENTRE, len(signal), BEAT)[:slots]
         places[i, : len(beats)] = torch.as_tensor(beats)
@@ -170,9 +174,10 @@ class BeatTransformer(Encoder):
         super().__init__(leads, width, rows=rows, beats=beats, slots=slots, **shape)
         self.rows = rows
         self.beats = beats
-        self.words = WordTransformer(BEAT, slots, **shape)
-        self.lead_vectors = nn.Parameter(0.02 * torch.randn(16, width))  # 12 of these are in use
-        self.second_vectors = nn.Parameter(0.02 * torch.randn(16, width))  # 10 of these
+        self.transformer = WordTransformer(BEAT, slots, **shape)
+        # 16 each as published; 12 and 10 are in use.
+        self.lead_vectors = nn.Parameter(0.02 * torch.randn(16, width))
+        self.second_vectors = nn.Parameter(0.02 * torch.randn(16, width))
 
     def cut(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, leads, T) -> words (B, R, S, 96), places of R (B, S), real words (B, R, S)."""
@@ -184,15 +189,15 @@ class BeatTransformer(Encoder):
 
     def tokens(self, words: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """(B, R, S, 96) -> (B, R, S, D), which know their lead and their second."""
-        seconds = self.second_vectors[places // 100][:, None]  # (B, 1, S, D)
-        return self.words.look(words) + self.lead_vectors[self.rows][:, None] + seconds
+        seconds = self.second_vectors[places // RATE_HZ][:, None]  # (B, 1, S, D)
+        return self.transformer.look(words) + self.lead_vectors[self.rows][:, None] + seconds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         words, places, is_real = self.cut(x)
         tokens = self.tokens(words, places)
         somewhere = is_real.any(2).any(0)  # leads that no record has cost no time
         is_real = is_real[:, somewhere]
-        read = self.words.read(tokens[:, somewhere], is_real).float()
+        read = self.transformer.read(tokens[:, somewhere], is_real).float()
         total = (read * is_real[..., None]).sum((1, 2))
         return total / is_real.sum((1, 2)).clamp(min=1)[:, None]
 
@@ -221,10 +226,10 @@ def mean_of(values: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
 class Vocabulary(Method):
     """Each word is drawn again from the nearest of V codes."""
 
-    published = dict(epochs=100, batch_size=64, lr=5e-5, warmup=500, weight_decay=1e-4)
+    published = dict(sample_rate=100.0, epochs=100, batch_size=64)
+    published |= dict(lr=5e-5, warmup=500, weight_decay=1e-4)
     small = SMALL_BUDGET | dict(epochs=2)
     betas = (0.9, 0.99)
-    sample_rate_hz = 100.0
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
@@ -233,9 +238,10 @@ class Vocabulary(Method):
         self.squeeze = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C))
         slots = self.encoder.architecture["slots"]
         self.decoder = WordTransformer(C, slots, **shape["decoder"])
-        self.draw = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, BEAT))
+        self.sketch = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, BEAT))
         self.register_buffer("codes", F.normalize(torch.randn(V, C), dim=1))
-        self.register_buffer("idle", torch.full((V,), IDLE_STEPS))  # steps without a word
+        # Steps without a word; so many at first that all codes start as words in the first step.
+        self.register_buffer("idle", torch.full((V,), IDLE_STEPS))
 
     @staticmethod
     def make_encoder(config: BaselineConfig) -> BeatTransformer:
@@ -246,22 +252,22 @@ class Vocabulary(Method):
         z = self.latents(words, places, is_real)
         if self.training:
             self.start_idle_codes(z[is_real].detach(), draw)
-        nearest = self.nearest(z)  # (B, R, S)
-        codes = self.codes[nearest]
+        indices = self.nearest(z)  # (B, R, S)
+        codes = self.codes[indices]  # a copy: what moves now counts in the next step
         if self.training:
-            self.move_codes(z[is_real].detach(), nearest[is_real])
+            self.move_codes(z[is_real].detach(), indices[is_real])
         passed = z + (codes - z).detach()  # the codes, with the gradient of z
         tokens = self.decoder.look(passed * is_real[..., None])
-        drawn = self.draw(self.decoder.read(tokens, is_real)).float()
+        drawn = self.sketch(self.decoder.read(tokens, is_real)).float()
         error = mean_of((drawn - words).square().mean(3), is_real)
         distance = mean_of((codes - z).square().mean(3), is_real)
-        share = F.one_hot(nearest[is_real], len(self.codes)).float().mean(0)
+        share = F.one_hot(indices[is_real], len(self.codes)).float().mean(0)
         numbers = dict(error=error.detach(), code_perplexity=torch.special.entr(share).sum().exp())
         return error + distance, numbers
 
     def latents(self, words, places, is_real) -> torch.Tensor:
         """Words (B, R, S, 96) -> unit vectors (B, R, S, C), in float32."""
-        read = self.encoder.words.read(self.encoder.tokens(words, places), is_real)
+        read = self.encoder.transformer.read(self.encoder.tokens(words, places), is_real)
         return F.normalize(self.squeeze(read).float(), dim=3)
 
     def nearest(self, z: torch.Tensor) -> torch.Tensor:
@@ -302,9 +308,9 @@ class Vocabulary(Method):
 class HeartLang(Method):
     """Cross-entropy of the codes of masked words."""
 
-    published = dict(epochs=200, batch_size=64, lr=5e-4, warmup=500, weight_decay=0.05)
+    published = dict(sample_rate=100.0, epochs=200, batch_size=64)
+    published |= dict(lr=5e-4, warmup=500, weight_decay=0.05)
     small = SMALL_BUDGET | dict(epochs=6)
-    sample_rate_hz = 100.0
 
     def __init__(self, config: BaselineConfig, vocabulary: Vocabulary) -> None:
         super().__init__(config)
@@ -325,7 +331,7 @@ class HeartLang(Method):
         # A masked word is blank, lest its neighbours' convolution gives it away.
         tokens = self.encoder.tokens(words.masked_fill(is_masked, 0), places)
         tokens = tokens + is_masked * self.hole.to(tokens)
-        read = self.encoder.words.read(tokens, is_real)
+        read = self.encoder.transformer.read(tokens, is_real)
         is_masked = is_masked[..., 0]
         logits = self.predict(read[is_masked]).float()  # (M, V)
         loss = F.cross_entropy(logits, codes[is_masked])
@@ -345,12 +351,12 @@ def train(config: HeartLangConfig) -> dict:
     """The vocabulary, then HeartLang; both go on where they were with --resume."""
     ranks = selfmis.join_ranks(config.device, config.seed)
     own = dict(out=f"{config.out}/words", epochs=config.vocabulary_epochs)
-    words = dataclasses.replace(config, **own, lr=None, warmup=None, weight_decay=None)
-    common.pretrain(Vocabulary, words, ranks, is_last=False)
+    first = dataclasses.replace(config, **own, lr=None, warmup=None, weight_decay=None)
+    common.pretrain(Vocabulary, first, ranks, is_last=False)
     if dist.is_initialized():
         dist.barrier()  # the first process writes what all read now
-    last = torch.load(Path(words.out, "last.pt"), map_location="cpu", weights_only=True)
-    vocabulary = Vocabulary(words)
+    last = torch.load(Path(first.out, "last.pt"), map_location="cpu", weights_only=True)
+    vocabulary = Vocabulary(first)
     vocabulary.load_state_dict(last["model"])
     return common.pretrain(HeartLang, config, ranks, vocabulary)
 

@@ -9,8 +9,8 @@ Departures from the published form: its disturbances are drawn each time and dro
 up to 0.5 mV on every lead, a step of 1 mV); here each comes with probability 1/2 and is mild, and
 there is a gain.  --published goes back to them.  There is no powerline at 100 Hz, where 50 Hz lies
 on the edge and 60 Hz would fold to 40.  Leads are blanked with --leads 12 only.  Views are always
-scored, where the published ones stay in millivolts; leads are blanked behind that, so that one that
-is left is not larger than a probe will show it.
+scored, five seconds at a time, where the published ones stay in millivolts; leads are blanked
+behind that, so that one that is left is not larger than a probe will show it.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from extras.baselines.common import ContrastiveConfig, Method, embed_segment, random_segment
+from extras.baselines.common import ContrastiveConfig, ContrastiveMethod, random_segment
 from extras.baselines.common import recompute_limbs, run_baseline, to_view, zscore
-from extras.baselines.losses import gather, nt_xent
+from extras.baselines.losses import nt_xent
 from selfmis import flag
 
 
@@ -47,7 +47,7 @@ class SimCLRConfig(ContrastiveConfig):
     published: bool = flag(False, "disturbances as strong as published, where ours are mild")
 
 
-class SimCLR(Method):
+class SimCLR(ContrastiveMethod):
     """NT-Xent between two disturbed copies of a segment."""
 
     def forward(self, ecg, patients, draw):
@@ -55,11 +55,11 @@ class SimCLR(Method):
         strength = PUBLISHED if self.config.published else MILD
         z = []
         for _ in range(2):
-            view = augment(segment, draw, 2 * segment.shape[-1] / 10, strength)
+            view = augment(segment, draw, segment.shape[-1] / 5, strength)  # five seconds
             view = zscore(to_view(view, self.config.leads))
             if self.config.leads == 12:
                 view = blank_leads(view, draw)
-            z.append(gather(embed_segment(self.encoder, view)))  # (W B, D)
+            z.append(self.embed(view))  # (W B, D)
         return nt_xent(*z), {}
 
 

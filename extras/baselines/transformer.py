@@ -89,7 +89,8 @@ class ConvTransformer(Encoder):
 
     (B, leads, T) -> (B, D): both halves of the record on their own, the mean over time of the last
     layer in each, and the mean of the two.  Under a linear head this is the published mean of the
-    logits of two segments.
+    logits of two segments.  Two of the published dropouts are left out, those of the projected and
+    of the quantised latents.
     """
 
     def __init__(
@@ -161,5 +162,5 @@ class ConvTransformer(Encoder):
 
 
 def slow_down(gradient: torch.Tensor) -> torch.Tensor:
-    """The convolutions learn at a tenth of the rate."""
+    """As published.  AdamW undoes it but for the norm that is clipped."""
     return 0.1 * gradient

@@ -3,12 +3,12 @@
     python -m extras.baselines.w2v_cmsc --data ptb-xl --sample-rate 100 --size small --out runs/wc
 
 Both halves have holes to fill (wav2vec2.py); the means over time of the last layer *with holes* are
-the embeddings that InfoNCE pairs over the batch.  The two losses have equal weight.  With --leads
-12 some leads are blanked first, the same ones in both halves: what lets it live with lead I alone.
+the embeddings that InfoNCE pairs over the batch.  The two losses have equal weight.  With
+--leads 12 some leads are blanked first, other ones in each half: what lets it live with lead I.
 
 Departures from the published form: it blanks each lead with probability 1/2, and shows lead I alone
-once in 4,096 records; here the number of leads that stay is drawn from 1 to 12 (--published goes
-back).  And those of wav2vec2.py.
+once in 4,096 halves; here the number of leads that stay is drawn from 1 to 12 (--published goes
+back).  Other records of the same patient count as strangers.  And the departures of wav2vec2.py.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ class W2VCMSC(Wav2Vec2):
     """Masked prediction, and InfoNCE between the two halves of a record."""
 
     def forward(self, ecg, patients, draw):
-        view = zscore(to_view(ecg, self.config.leads))
+        view = torch.cat(halves(zscore(to_view(ecg, self.config.leads))))  # (2 B, L, T / 2)
         if self.config.leads == 12:
             blank = blank_leads if self.config.published else keep_some_leads
             view = blank(view, draw)
-        loss, context, numbers = self.fill_holes(torch.cat(halves(view)), draw)
+        loss, context, numbers = self.fill_holes(view, draw)
         first, second = context.float().mean(1).chunk(2)  # (B, D) each
         contrastive = info_nce(gather(first), gather(second))
         return loss + contrastive, numbers | dict(contrastive=contrastive.detach())

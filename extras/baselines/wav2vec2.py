@@ -8,8 +8,8 @@ there than to K quantised latents of other holes of the same segment.  The quant
 codeword in each of two groups by a Gumbel softmax; a diversity term keeps its codebook in use.
 
 Departures from the published form: the temperature of the Gumbel softmax reaches 0.5 after 70 % of
-the run, whatever its length; the batch of all processes counts in the diversity term; views are
-scored, where the published ones stay in millivolts; AdamW with a cosine.
+the run, whatever its length; the batch of all processes counts in the diversity term; records are
+scored, where the published ones stay in millivolts.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ class Wav2Vec2(Method):
         self.project_context = nn.Linear(D, Q)
 
     def forward(self, ecg, patients, draw):
-        segment = to_view(random_segment(ecg, draw), self.config.leads)
-        loss, _, numbers = self.fill_holes(zscore(segment), draw)
+        view = zscore(to_view(ecg, self.config.leads))
+        loss, _, numbers = self.fill_holes(random_segment(view, draw), draw)
         return loss, numbers
 
     def fill_holes(
@@ -84,8 +84,8 @@ class Wav2Vec2(Method):
         return loss, context, {name: value.detach() for name, value in numbers.items()}
 
     def temperature(self) -> float:
-        """Of the Gumbel softmax: 2 at the start, 0.5 after 70 % of the run and then."""
-        return max(0.5, 2 * 4 ** (-self.progress / 0.7))
+        """Of the Gumbel softmax: from 2 down to 0.5 at 70 % of the run, and then 0.5."""
+        return 2 * 4 ** -min(1, self.progress / 0.7)
 
     def legend(self) -> str:
         chance = math.log(self.distractors + 1)
@@ -93,9 +93,10 @@ class Wav2Vec2(Method):
 
     def check(self, metrics: dict) -> None:
         if metrics.get("code_perplexity", math.inf) < 2 * GROUPS:
+            equal = f"{metrics['equal_distractors']:.0%} of the distractors equal their target"
             raise UsageError(
-                f"the codebook has collapsed: code perplexity {metrics['code_perplexity']:.1f} of "
-                f"at least {GROUPS}; every distractor equals its target. Try a lower --lr"
+                f"the codebook has collapsed: code perplexity {metrics['code_perplexity']:.1f}, "
+                f"below {2 * GROUPS}, and {equal}; try a lower --lr"
             )
 
 
@@ -120,12 +121,14 @@ class Quantiser(nn.Module):
         """
         with torch.autocast(latents.device.type, enabled=False):  # bf16 would blur the choice
             logits = self.choose(latents.float()).unflatten(-1, (GROUPS, -1))  # (B, M, G, V)
-        usage = gather(logits.softmax(-1).mean((0, 1))[None]).mean(0)
-        codes = logits.argmax(-1)
-        chosen = F.one_hot(codes, logits.shape[-1]).to(logits)
+        usage = logits.softmax(-1).mean((0, 1))  # (G, V), of this process
+        usage = gather(usage[None]).mean(0)
         if self.training:
-            chosen = F.gumbel_softmax(logits, temperature, hard=True)
+            chosen = F.gumbel_softmax(logits, temperature, hard=True)  # one-hot
             codes = chosen.argmax(-1)
+        else:
+            codes = logits.argmax(-1)
+            chosen = F.one_hot(codes, logits.shape[-1]).to(logits)
         words = torch.einsum("bmgv,gvw->bmgw", chosen, self.codewords)
         return words.flatten(2), codes, usage
 
@@ -136,15 +139,18 @@ def perplexity(p: torch.Tensor) -> torch.Tensor:
 
 
 def mask_spans(B: int, N: int, span: int, draw: torch.Generator) -> torch.Tensor:
-    """(B, N) bool: spans of tokens, which may overlap, and equally many tokens in every row."""
+    """(B, N) bool: spans of tokens, which may overlap, and equally many tokens in every row.
+
+    As published no span starts at the last possible place, so the last token is never masked.
+    """
     count = max(2, int(MASKED_SHARE * N / span + torch.rand(1, generator=draw).item()))
     starts = torch.rand(B, N - span, generator=draw).argsort(1)[:, :count]  # (B, count)
     is_masked = torch.zeros(B, N, dtype=torch.bool)
     for offset in range(span):
         is_masked.scatter_(1, starts + offset, True)
     fewest = int(is_masked.sum(1).min())
-    ranks = torch.rand(B, N, generator=draw).where(is_masked, -1)
-    kept = ranks.topk(fewest, dim=1).indices  # of those that are masked
+    keys = torch.rand(B, N, generator=draw).where(is_masked, -1)
+    kept = keys.topk(fewest, dim=1).indices  # of those that are masked, any
     return torch.zeros_like(is_masked).scatter_(1, kept, True)
 
 
