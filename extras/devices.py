@@ -1,0 +1,260 @@
+"""How encoders and detectors do on recordings of other devices than those that trained them.
+
+    python -m extras.devices rhythm FOLDER --encoder aligned=runs/aligned/best.pt --encoder random
+    python -m extras.devices alarms FOLDER --probe aligned=runs/aligned-probe/probe.pt
+    python -m extras.devices retrieval FOLDER --encoder runs/a/best.pt --teacher runs/t/best.pt
+
+FOLDER holds WFDB records and, beside them, REFERENCE.csv or QUALITY.csv: a name and a label in each
+line, as in the PhysioNet/CinC Challenge of 2017 (a hand-held device: N normal, A atrial
+fibrillation, O other rhythms, ~ noisy).  No label of a device trains or chooses what is tested.
+
+rhythm:    a linear head on the frozen encoder tells A from N, in five parts of the records: three
+           train it, one chooses its strength, one tests it; the mean of the five AUCs.
+           NAME=PATH,PATH,... is a row, the mean over its files (seeds); differences are to the
+           first row, paired by record.
+alarms:    how often a detector calls "any infarct" at its own threshold, by label, and how often
+           detect would warn.
+retrieval: how often, among 200 records, lead I of one is nearest to its own twelve leads.
+"""
+
+import argparse
+import csv
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import selfmis
+import train_probe
+from extras.detect import load_detector, operating_point, run_command
+from extras.evidence import print_table
+from extras.recordings import check_recording
+from selfmis import LEADS, MI_TYPES, Records, ResNet1D, UsageError
+
+PARTS = 5
+AMONG = 200  # records that retrieval compares, so that collections of any size compare
+DEVICE = torch.device("cpu")
+
+
+@functools.cache
+def find(folder: Path, fold: int | None) -> tuple[Records, np.ndarray]:
+    """The records of a folder (of PTB-XL those of a fold) and the label of each, "" if unknown."""
+    records = selfmis.find_records(str(folder), sample_rate_hz=100)
+    if fold is not None:
+        records = records[records.folds == fold]
+    labels = {}
+    for name in ("REFERENCE.csv", "QUALITY.csv"):
+        if (folder / name).is_file():
+            with open(folder / name, newline="") as file:
+                labels |= {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
+    names = [Path(records.name(i)).name for i in range(len(records))]
+    return records, np.array([labels.get(name, "") for name in names])
+
+
+@functools.cache
+def read_all(folder: Path, fold: int | None, leads: tuple, rate_hz: float) -> list[np.ndarray]:
+    """(L, T) in mV of each record."""
+    records, _ = find(folder, fold)
+    return [records.read(i, leads, rate_hz) for i in range(len(records))]
+
+
+def embeddings(encoder: ResNet1D, folder: Path, lead: str, fold: int | None = None) -> torch.Tensor:
+    """(N, D) of all records of a folder; lead: the one that is shown, or all."""
+    leads = LEADS if lead == "all" else (lead,)
+    rate_hz = encoder.sample_rate_hz or 500
+    options = dict(sample_rate_hz=rate_hz, **(encoder.preprocessing or {}))
+    ecgs = read_all(folder, fold, leads, rate_hz)
+    signals = torch.from_numpy(np.stack([selfmis.preprocess(ecg, **options) for ecg in ecgs]))
+    parts = []
+    for part in signals.split(1024):
+        shown = selfmis.with_empty_leads(part, encoder, lead)
+        parts.append(selfmis.embed(encoder, shown, DEVICE))
+    return torch.cat(parts)
+
+
+def named(text: str) -> tuple[str, list[str]]:
+    """'aligned=a.pt,b.pt' -> aligned, [a.pt, b.pt]; without a name the text is one."""
+    name, equals, paths = text.partition("=")
+    return (name, paths.split(",")) if equals else (text, [text])
+
+
+# --------------------------------------------------------------------------------------------------
+# Atrial fibrillation
+# --------------------------------------------------------------------------------------------------
+
+
+def open_encoders(rows: list[str]) -> dict[str, list[ResNet1D]]:
+    """{row: its encoders}; `random` is one with random weights, built as the first file's."""
+    paths = dict(map(named, rows))
+    files = [path for row in paths.values() for path in row if path != "random"]
+    if not files:
+        raise UsageError("--encoder random: name a file too, after whose encoder it is built")
+    encoders = {}
+    for row, names in paths.items():
+        encoders[row] = []
+        for seed, name in enumerate(names):
+            encoder = selfmis.load_encoder(files[0] if name == "random" else name)
+            if name == "random":
+                torch.manual_seed(seed)
+                fresh = type(encoder)(**encoder.architecture | dict(leads=1)).eval()
+                fresh.sample_rate_hz = encoder.sample_rate_hz
+                fresh.preprocessing = encoder.preprocessing
+                encoder = fresh
+            encoders[row].append(encoder)
+    return encoders
+
+
+def held_out_auc(x: torch.Tensor, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """(N, D) features, (N,) 0 or 1 -> mean AUC over the parts, each of which its head has not seen.
+
+    And the same in 1000 resamples of each part, (1000,).  Scores of different heads are not
+    compared: their strengths differ, and so do their scales.
+    """
+    part = np.random.default_rng(0).permutation(len(y)) % PARTS
+    target = torch.from_numpy(y[:, None].astype(np.float32))
+    aucs, draws = [], []
+    for test in range(PARTS):
+        val = (test + 1) % PARTS
+        train = (part != test) & (part != val)
+        weight, bias, _ = train_probe.logistic_head(
+            x[train],
+            target[train],
+            x[part == val],
+            target[part == val],
+            train_probe.ProbeConfig(),
+            0,
+        )
+        logits = train_probe.score(x[part == test], weight, bias)[:, 0]
+        aucs.append(selfmis.roc_auc(y[part == test], logits))
+        draws.append(selfmis.bootstrap_auc(y[part == test, None], logits[:, None])[:, 0])
+    return np.mean(aucs), np.mean(draws, 0)
+
+
+def print_rhythm(flags: argparse.Namespace) -> None:
+    folder, lines = (
+        flags.folder,
+        [["frozen encoder", "files", "AUC, A against N", "minus the first"]],
+    )
+    _, labels = find(folder, None)
+    chosen = np.flatnonzero((labels == "A") | (labels == "N"))
+    y = (labels[chosen] == "A").astype(int)
+    if not 0 < y.sum() < len(y):
+        raise UsageError(f"{folder}: no records labelled A and N in its REFERENCE.csv")
+    first = None
+    for row, encoders in open_encoders(flags.encoder).items():
+        results = [held_out_auc(embeddings(each, folder, "I")[chosen], y) for each in encoders]
+        auc, draw = (np.mean(values, 0) for values in zip(*results, strict=True))
+        line = [row, len(encoders), with_interval(auc, draw, "{:.3f}"), ""]
+        if first is not None:
+            line[3] = with_interval(auc - first[0], draw - first[1], "{:+.3f}")
+        first = first or (auc, draw)
+        lines.append(line)
+    print_table(f"Atrial fibrillation, {y.sum():,} of {len(y):,} recordings", lines)
+
+
+def with_interval(value: float, draws: np.ndarray, form: str) -> str:
+    low, high = selfmis.interval(draws)
+    return f"{form} ({form} to {form})".format(value, low, high)
+
+
+# --------------------------------------------------------------------------------------------------
+# Alarms
+# --------------------------------------------------------------------------------------------------
+
+
+def print_alarms(flags: argparse.Namespace) -> None:
+    records, labels = find(flags.folder, None)
+    signals = [selfmis.read_wfdb(records.name(i), ("I",)) for i in range(len(records))]
+    warnings = [check_recording(ecg, rate_hz, ("I",)) for ecg, rate_hz in signals]
+    points_down = np.array([any("points down" in text for text in one) for one in warnings])
+    is_noisy = np.array([any("is noisy" in text for text in one) for one in warnings])
+    is_warned = np.array([bool(one) for one in warnings])
+    lines = [["label", "recordings", "points down", "noisy", "any warning"]]
+    groups = {label or "all": labels == label for label in sorted(set(labels))}
+    for label, group in groups.items():
+        shares = [f"{flag[group].mean():.1%}" for flag in (points_down, is_noisy, is_warned)]
+        lines.append([label, int(group.sum()), *shares])
+    print_table("Warnings of detect", lines)
+
+    lines = [["detector", "label", "positive", "of those that point up", "that point down"]]
+    for row, (path, *_) in map(named, flags.probe):
+        is_positive = positives(path, signals)
+        for label, group in groups.items():
+            parts = (group, group & ~points_down, group & points_down)
+            lines.append([row, label, *(share(is_positive[part]) for part in parts)])
+    print_table('Called "any infarct" at a specificity of 90 % on the validation fold', lines)
+
+
+def positives(path: str, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
+    """(N,) 1 where the detector of a probe.pt calls "any infarct", 0 where not, NaN if flat."""
+    detector = load_detector(path)
+    threshold = operating_point(detector.content["validation"])["threshold"]
+    if threshold is None:
+        raise UsageError(f"{path}: too few validation records for a threshold")
+    answers = np.full(len(signals), np.nan)
+    for i, (ecg, rate_hz) in enumerate(signals):
+        if np.ptp(ecg) > 0:
+            probabilities = detector(ecg, rate_hz)
+            score = 1 - np.prod([1 - probabilities[t] for t in MI_TYPES])
+            answers[i] = score >= threshold
+    return answers
+
+
+def share(values: np.ndarray) -> str:
+    return f"{np.nanmean(values):.1%}" if len(values) else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Retrieval
+# --------------------------------------------------------------------------------------------------
+
+
+def print_retrieval(flags: argparse.Namespace) -> None:
+    single, teacher = selfmis.load_encoder(flags.encoder[0]), selfmis.load_encoder(flags.teacher)
+    _, labels = find(flags.folder, flags.fold)
+    z_single = embeddings(single, flags.folder, single.lead, flags.fold)
+    z_multi = embeddings(teacher, flags.folder, "all", flags.fold)
+    lines = [["label", "records", f"groups of {AMONG}", "R@1", "R@5", "R@10"]]
+    for label in sorted(set(labels)):
+        rows = np.random.default_rng(0).permutation(np.flatnonzero(labels == label))
+        groups = [rows[i : i + AMONG] for i in range(0, len(rows) - AMONG + 1, AMONG)]
+        if not groups:
+            continue
+        found = [selfmis.retrieval(z_single[g], z_multi[g]) for g in groups]
+        recalls = [f"{np.mean([each[k] for each in found]):.1f} %" for k in (1, 5, 10)]
+        lines.append([label or "all", len(rows), len(groups), *recalls])
+    print_table(f"Retrieval among {AMONG}, chance {100 / AMONG} %, {flags.folder.name}", lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+
+def run_devices(flags: argparse.Namespace) -> None:
+    needed = dict(rhythm=["encoder"], alarms=["probe"], retrieval=["encoder", "teacher"])
+    for name in needed[flags.part]:
+        if not getattr(flags, name):
+            raise UsageError(f"{flags.part} needs --{name}")
+    parts = dict(rhythm=print_rhythm, alarms=print_alarms, retrieval=print_retrieval)
+    parts[flags.part](flags)
+
+
+def main(argv=None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m extras.devices", None, __doc__, allow_abbrev=False, formatter_class=layout
+    )
+    add = parser.add_argument
+    add("part", choices=("rhythm", "alarms", "retrieval"))
+    add("folder", type=Path, help="of WFDB records")
+    add("--encoder", action="append", default=[], metavar="[NAME=]PATH", help="repeat for more")
+    add("--probe", action="append", default=[], metavar="[NAME=]PROBE.pt", help="repeat for more")
+    add("--teacher", metavar="PATH", help="the encoder of twelve leads")
+    add("--fold", type=int, help="of PTB-XL, for retrieval")
+    run_command(run_devices, parser, argv)
+
+
+if __name__ == "__main__":
+    main()
