@@ -3,16 +3,17 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import made_up
+from conftest import made_up, run_forked
 from methods import METHODS
 
 import selfmis
 import train_probe
-from extras.baselines import clocs, common, simclr, three_kg
+from extras.baselines import clocs, common, heartlang, simclr, three_kg
 from selfmis import UsageError
 
 
@@ -238,3 +239,13 @@ def test_the_budget_follows_from_the_size_and_flags_go_before_it():
         schedule = (config.epochs, config.batch_size, config.lr, config.warmup)
         assert (config.sample_rate, *schedule) == budget
     assert common.with_budget(clocs.ClocsConfig(size="small", lr=1.0), clocs.CLOCS).lr == 1.0
+
+
+@pytest.mark.parametrize("name", ["w2v_cmsc", "heartlang"])
+def test_two_processes_train_together(tmp_path, ptbxl, name):
+    config = settings(tmp_path, ptbxl, METHODS[name][1], epochs=1, leads=1)
+    if name == "heartlang":
+        config.vocabulary_epochs = 1
+    start = heartlang.train if name == "heartlang" else partial(common.main, METHODS[name][0])
+    assert run_forked(2, start, config) == [0, 0]
+    assert selfmis.load_encoder(tmp_path / "out/best.pt").lead == "I"
