@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HERE
-from methods import METHODS
+from methods import GENERATIVE, METHODS
 
 import selfmis
 import train_pretrain
@@ -20,7 +20,7 @@ from train_probe import ProbeConfig
 
 README = (HERE / "README.md").read_text()
 CONFIGS = {"train_pretrain": PretrainConfig, "train_probe": ProbeConfig}
-BASELINES = {f"baselines.{name}": config for name, (_, config) in METHODS.items()}
+BASELINES = {f"baselines.{name}": config for name, (_, config) in (METHODS | GENERATIVE).items()}
 SCRIPT = re.compile(r"(train_pretrain|train_probe)\.py([^`#|)&]*)")
 EXTRA = re.compile(r"-m extras\.([\w.]+)([^`#|)&>]*)")
 

@@ -9,25 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HERE
-from methods import METHODS
+from methods import GENERATIVE, METHODS
 
 import selfmis
 import train_pretrain
 import train_probe
 from extras import evidence, speed, speed_gpu, timing
-from extras.baselines import table1
+from extras.baselines import table1, table2
 
 CONFIGS = {
     "train_pretrain.py": train_pretrain.PretrainConfig,
     "train_probe.py": train_probe.ProbeConfig,
-    **{f"extras.baselines.{name}": config for name, (_, config) in METHODS.items()},
+    **{f"extras.baselines.{name}": config for name, (_, config) in (METHODS | GENERATIVE).items()},
 }
 RUNS = evidence.all_runs(evidence.RUNS, ["--data", "ptb-xl"], Path("runs"))
+TABLE2 = table2.all_runs(["--data", "ptb-xl"], Path("runs"))
 TABLE1 = table1.all_runs((*table1.FIRST, *table1.THEN), ["--data", "ptb-xl"], Path("runs"))
 RESULTS = (HERE / "extras/RESULTS.md").read_text()
 
 
-@pytest.mark.parametrize("runs", [RUNS, TABLE1], ids=["all runs", "table 1"])
+@pytest.mark.parametrize("runs", [RUNS, TABLE1, TABLE2], ids=["all runs", "table 1", "table 2"])
 def test_every_command_has_flags_that_exist_and_needs_earlier_runs_only(runs):
     made = set()
     for run, (script, *flags) in runs.items():

@@ -84,13 +84,14 @@ class ContrastiveConfig(BaselineConfig):
 class Method(nn.Module):
     """An encoder and how it is pre-trained.
 
-    `encoder`, (B, leads, T) -> (B, D), is what a probe reads; everything else serves the loss and
-    is thrown away.
+    `encoder`, (B, leads, T) -> (B, D), is what a probe reads, or a generator; everything else
+    serves the loss and is thrown away.
     """
 
     small: ClassVar[dict] = SMALL_BUDGET
     published: ClassVar[dict] = PUBLISHED_BUDGET
     betas: ClassVar[tuple[float, float]] = (0.9, 0.98)
+    normalize: ClassVar[str] = "zscore"  # of what the encoder sees
     progress: float = 0.0  # share of the training that is done, for what changes in its course
 
     def __init__(self, config: BaselineConfig) -> None:
@@ -116,6 +117,11 @@ class Method(nn.Module):
     def legend(self) -> str:
         """What a reader must know of the numbers, e.g. what chance is; one line."""
         return ""
+
+    @staticmethod
+    def next_command(run: "BaselineTraining") -> str:
+        """What to start when the run is over."""
+        return f"{train_pretrain.next_command(run)} --lead I"
 
     def check(self, metrics: dict) -> None:
         """UsageError if the epoch's numbers show that training has failed."""
@@ -211,10 +217,10 @@ def with_budget(config: BaselineConfig, method_class: type[Method]) -> BaselineC
     return dataclasses.replace(config, **missing)
 
 
-def input_spec(config: BaselineConfig) -> InputSpec:
+def input_spec(config: BaselineConfig, normalize: str) -> InputSpec:
     """How a probe shows a record to the encoder."""
     lead = "I" if config.leads == 1 else "all"
-    preprocessing = dict(normalize="zscore", filter=config.filter or "none")
+    preprocessing = dict(normalize=normalize, filter=config.filter or "none")
     return InputSpec(lead, config.sample_rate, preprocessing)
 
 
@@ -224,16 +230,12 @@ def main(method_class: type[Method], config: BaselineConfig) -> dict:
 
 
 def pretrain(
-    method_class: type[Method],
-    config: BaselineConfig,
-    ranks: Ranks,
-    *parts: nn.Module,
-    is_last: bool = True,
+    method_class: type[Method], config: BaselineConfig, ranks: Ranks, *parts: nn.Module
 ) -> dict:
-    """As `main`; `parts` go to the method's constructor.  Not the last: another run needs it."""
+    """As `main`; `parts` go to the method's constructor."""
     config = with_budget(config, method_class)
     out = selfmis.open_run(config)
-    spec = input_spec(config)
+    spec = input_spec(config, method_class.normalize)
     records = selfmis.gather_records(config, spec.sample_rate_hz, train_pretrain.SYNTHETIC_STREAM)
     train_rows, val_rows = train_pretrain.split(records, config, ranks)
     last = selfmis.read_last(config, out, ranks)
@@ -258,8 +260,8 @@ def pretrain(
         metrics = validate(run)
         run.model.check(metrics)  # before anything is saved
         finish_epoch(run, metrics)
-    if is_last:
-        ranks.print(f"next: {train_pretrain.next_command(run)} --lead I")
+    if run.model.next_command(run):
+        ranks.print(f"next: {run.model.next_command(run)}")
     return run.last_entry
 
 

@@ -265,6 +265,10 @@ class Vocabulary(Method):
         numbers = dict(error=error.detach(), code_perplexity=torch.special.entr(share).sum().exp())
         return error + distance, numbers
 
+    @staticmethod
+    def next_command(run: common.BaselineTraining) -> str:
+        return ""  # `train` goes on
+
     def latents(self, words, places, is_real) -> torch.Tensor:
         """Words (B, R, S, 96) -> unit vectors (B, R, S, C), in float32."""
         read = self.encoder.transformer.read(self.encoder.tokens(words, places), is_real)
@@ -352,7 +356,7 @@ def train(config: HeartLangConfig) -> dict:
     ranks = selfmis.join_ranks(config.device, config.seed)
     own = dict(out=f"{config.out}/words", epochs=config.vocabulary_epochs)
     first = dataclasses.replace(config, **own, lr=None, warmup=None, weight_decay=None)
-    common.pretrain(Vocabulary, first, ranks, is_last=False)
+    common.pretrain(Vocabulary, first, ranks)
     if dist.is_initialized():
         dist.barrier()  # the first process writes what all read now
     last = torch.load(Path(first.out, "last.pt"), map_location="cpu", weights_only=True)

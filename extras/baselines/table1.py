@@ -168,14 +168,29 @@ def print_tables(out: Path) -> None:
         evidence.print_table(f"Table 1, {head} head", lines)
 
 
+def shared_flags(flags: argparse.Namespace) -> list[str]:
+    """What all runs of a table have in common, as somebody would type it."""
+    folds = f"--val-fold {flags.val_fold} --test-fold {flags.test_fold}"
+    return ["--data", flags.data, *folds.split()]
+
+
 def run_table(flags: argparse.Namespace) -> None:
-    shared = ["--data", flags.data, "--val-fold", str(flags.val_fold)]
-    shared += ["--test-fold", str(flags.test_fold)]
     for plan in (FIRST, THEN):
-        runs = all_runs(plan, shared, flags.out)
+        runs = all_runs(plan, shared_flags(flags), flags.out)
         if not flags.tables:
             run_missing(runs, flags.out, flags.jobs)
     print_tables(flags.out)
+
+
+def add_flags(parser: argparse.ArgumentParser, out: Path) -> None:
+    """The flags of a table."""
+    add = parser.add_argument
+    add("data", metavar="PTBXL", help="a folder")
+    add("--out", type=Path, default=out, help=f"of the runs (default: {out})")
+    add("--val-fold", type=int, default=9, help="default: 9")
+    add("--test-fold", type=int, default=10, help="default: 10")
+    add("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    add("--tables", action="store_true", help="run nothing, print what is there")
 
 
 def main(argv=None) -> None:
@@ -187,12 +202,7 @@ def main(argv=None) -> None:
         allow_abbrev=False,
         formatter_class=layout,
     )
-    parser.add_argument("data", metavar="PTBXL", help="a folder")
-    parser.add_argument("--out", type=Path, default=Path("runs/table1"), help="of the runs")
-    parser.add_argument("--val-fold", type=int, default=9, help="default: 9")
-    parser.add_argument("--test-fold", type=int, default=10, help="default: 10")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
-    parser.add_argument("--tables", action="store_true", help="run nothing, print what is there")
+    add_flags(parser, Path("runs/table1"))
     run_command(run_table, parser, argv)
 
 

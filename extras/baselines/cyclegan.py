@@ -1,0 +1,69 @@
+"""CycleGAN: from lead I to twelve leads and back, without being told which belong together.
+
+    python -m extras.baselines.cyclegan --data ptb-xl --sample-rate 100 --size small --out runs/cyc
+
+Two U-Nets with instance norm, there (lead I in all twelve rows -> twelve leads) and back, each with
+a judge of pieces of its own.  Each is told "real" by its judge; both circles, there and back and
+back and there, must end where they began (10 times the mean absolute error), and what is already on
+the other side must stay (2.5 times).
+
+Departure from the published form: all four networks step at once.
+"""
+
+import dataclasses
+
+import torch
+
+from extras.baselines.common import BaselineConfig, run_baseline
+from extras.baselines.gan import GenerativeMethod, PatchDiscriminator, UNet, UNetGenerator
+from extras.baselines.gan import as_image, frozen, is_made, is_real, repeat_lead, width_of
+from selfmis import flag
+
+
+@dataclasses.dataclass
+class CycleGANConfig(BaselineConfig):
+    out: str = flag("runs/cyclegan", "folder of the run", metavar="DIR")
+
+
+class CycleGAN(GenerativeMethod):
+    """Two generators, two judges, two circles."""
+
+    def __init__(self, config: CycleGANConfig) -> None:
+        super().__init__(config)
+        width = width_of(config)
+        self.back = UNet(width, norm="instance")
+        self.judge_single = PatchDiscriminator(1, width, norm="instance")
+        self.judge_multi = PatchDiscriminator(1, width, norm="instance")
+
+    @staticmethod
+    def make_encoder(config: CycleGANConfig) -> UNetGenerator:
+        return UNetGenerator(width=width_of(config), norm="instance")
+
+    def forward(self, ecg, patients, draw):
+        piece = self.pieces(ecg, draw)
+        single, multi = repeat_lead(piece[:, :1]), as_image(piece)  # (B, 1, 16, 512)
+        there, back = self.encoder.unet, self.back
+        made_multi, made_single = there(single)[0], back(multi)[0]
+        circles = distance(back(made_multi)[0], single) + distance(there(made_single)[0], multi)
+        kept = distance(there(multi)[0], multi) + distance(back(single)[0], single)
+        fooled = is_real(frozen(self.judge_multi, made_multi))
+        fooled = fooled + is_real(frozen(self.judge_single, made_single))
+        judged = judge(self.judge_multi, multi, made_multi)
+        judged = judged + judge(self.judge_single, single, made_single)
+        # A circle counts for both generators, and its gradient reaches both at once.
+        loss = fooled + 10 * circles + 2.5 * kept + judged
+        numbers = dict(error=distance(made_multi, multi), circles=circles, judged=judged)
+        return loss, {name: value.detach() for name, value in numbers.items()}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a - b).float().abs().mean()
+
+
+def judge(network: PatchDiscriminator, true: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """Half the loss of telling them apart."""
+    return (is_real(network(true)) + is_made(network(made.detach()))) / 2
+
+
+if __name__ == "__main__":
+    run_baseline(CycleGAN, CycleGANConfig, __doc__)
