@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from extras.baselines.common import BaselineConfig, run_baseline
-from extras.baselines.gan import GenerativeMethod, UNet, UNetGenerator, as_image, frozen
-from extras.baselines.gan import initialise, is_made, is_real, repeat_lead, width_of
+from extras.baselines.gan import GenerativeMethod, UNet, UNetGenerator, as_image
+from extras.baselines.gan import conditional_losses, initialise, repeat_lead, width_of
 from selfmis import flag
 
 KERNELS = (64, 32, 16, 8, 4)  # samples, of one row
@@ -85,10 +85,7 @@ class EKGAN(GenerativeMethod):
         error = (made - true).float().abs().mean()
         apart = (narrowest - known.detach()).float().abs().mean()
         label_error = (drawn - true).float().abs().mean()
-        fooled = is_real(frozen(self.judge, torch.cat([given, made], 1)))
-        seen_true = self.judge(torch.cat([given, true], 1))
-        seen_made = self.judge(torch.cat([given, made.detach()], 1))
-        judged = is_real(seen_true) + is_made(seen_made)
+        fooled, judged = conditional_losses(self.judge, given, true, made)
         loss = fooled + 50 * error + apart + label_error + judged
         numbers = dict(error=error, apart=apart, label_error=label_error, judged=judged)
         return loss, {name: value.detach() for name, value in numbers.items()}

@@ -125,6 +125,16 @@ def frozen(network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     return torch.func.functional_call(network, weights, inputs)
 
 
+def conditional_losses(
+    judge: nn.Module, given: torch.Tensor, true: torch.Tensor, made: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (B, 1, 16, T) -> the generator's loss, and that of a judge who sees `given` too."""
+    fooled = is_real(frozen(judge, torch.cat([given, made], 1)))
+    seen_true = judge(torch.cat([given, true], 1))
+    seen_made = judge(torch.cat([given, made.detach()], 1))
+    return fooled, is_real(seen_true) + is_made(seen_made)
+
+
 class Generator(nn.Module):
     """Lead I in mV (B, 1, T) -> twelve leads in mV (B, 12, T), lead I as it was.
 

@@ -11,11 +11,9 @@ step at once.
 
 import dataclasses
 
-import torch
-
 from extras.baselines.common import BaselineConfig, run_baseline
 from extras.baselines.gan import GenerativeMethod, PatchDiscriminator, UNetGenerator, as_image
-from extras.baselines.gan import frozen, is_made, is_real, repeat_lead, width_of
+from extras.baselines.gan import conditional_losses, repeat_lead, width_of
 from selfmis import flag
 
 
@@ -41,10 +39,7 @@ class Pix2Pix(GenerativeMethod):
         given, true = repeat_lead(piece[:, :1]), as_image(piece)  # (B, 1, 16, 512)
         made, _ = self.encoder.unet(given)
         error = (made - true).float().abs().mean()
-        fooled = is_real(frozen(self.judge, torch.cat([given, made], 1)))
-        seen_true = self.judge(torch.cat([given, true], 1))
-        seen_made = self.judge(torch.cat([given, made.detach()], 1))
-        judged = is_real(seen_true) + is_made(seen_made)
+        fooled, judged = conditional_losses(self.judge, given, true, made)
         numbers = dict(error=error.detach(), fooled=fooled.detach(), judged=judged.detach())
         return fooled + self.config.distance * error + judged, numbers
 
