@@ -29,7 +29,7 @@ import selfmis
 import train_probe
 from extras.detect import load_detector, operating_point, run_command
 from extras.evidence import print_table
-from extras.recordings import check_recording
+from extras.recordings import check_recording, fill_gaps
 from selfmis import LEADS, MI_TYPES, Records, ResNet1D, UsageError
 
 PARTS = 5
@@ -38,9 +38,12 @@ DEVICE = torch.device("cpu")
 
 
 @functools.cache
-def find(folder: Path, fold: int | None) -> tuple[Records, np.ndarray]:
-    """The records of a folder (of PTB-XL those of a fold) and the label of each, "" if unknown."""
-    records = selfmis.find_records(str(folder), sample_rate_hz=100)
+def find(folder: Path, fold: int | None, rate_hz: float) -> tuple[Records, np.ndarray]:
+    """The records of a folder (of PTB-XL those of a fold) and the label of each, "" if unknown.
+
+    rate_hz decides which of PTB-XL's files are read.
+    """
+    records = selfmis.find_records(str(folder), sample_rate_hz=rate_hz)
     if fold is not None:
         records = records[records.folds == fold]
     labels = {}
@@ -55,7 +58,7 @@ def find(folder: Path, fold: int | None) -> tuple[Records, np.ndarray]:
 @functools.cache
 def read_all(folder: Path, fold: int | None, leads: tuple, rate_hz: float) -> list[np.ndarray]:
     """(L, T) in mV of each record."""
-    records, _ = find(folder, fold)
+    records, _ = find(folder, fold, rate_hz)
     return [records.read(i, leads, rate_hz) for i in range(len(records))]
 
 
@@ -136,7 +139,7 @@ def print_rhythm(flags: argparse.Namespace) -> None:
         flags.folder,
         [["frozen encoder", "files", "AUC, A against N", "minus the first"]],
     )
-    _, labels = find(folder, None)
+    _, labels = find(folder, None, 100)
     chosen = np.flatnonzero((labels == "A") | (labels == "N"))
     y = (labels[chosen] == "A").astype(int)
     if not 0 < y.sum() < len(y):
@@ -164,8 +167,11 @@ def with_interval(value: float, draws: np.ndarray, form: str) -> str:
 
 
 def print_alarms(flags: argparse.Namespace) -> None:
-    records, labels = find(flags.folder, None)
-    signals = [selfmis.read_wfdb(records.name(i), ("I",)) for i in range(len(records))]
+    records, labels = find(flags.folder, None, 100)
+    signals = []
+    for i in range(len(records)):
+        ecg, rate_hz = selfmis.read_wfdb(records.name(i), ("I",))
+        signals.append((fill_gaps(ecg, rate_hz)[0], rate_hz))
     warnings = [check_recording(ecg, rate_hz, ("I",)) for ecg, rate_hz in signals]
     points_down = np.array([any("points down" in text for text in one) for one in warnings])
     is_noisy = np.array([any("is noisy" in text for text in one) for one in warnings])
@@ -212,7 +218,7 @@ def share(values: np.ndarray) -> str:
 
 def print_retrieval(flags: argparse.Namespace) -> None:
     single, teacher = selfmis.load_encoder(flags.encoder[0]), selfmis.load_encoder(flags.teacher)
-    _, labels = find(flags.folder, flags.fold)
+    _, labels = find(flags.folder, flags.fold, single.sample_rate_hz)
     z_single = embeddings(single, flags.folder, single.lead, flags.fold)
     z_multi = embeddings(teacher, flags.folder, "all", flags.fold)
     lines = [["label", "records", f"groups of {AMONG}", "R@1", "R@5", "R@10"]]

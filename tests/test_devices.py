@@ -37,7 +37,7 @@ def test_scores_are_of_heads_that_did_not_see_the_record():
 
 
 def test_atrial_fibrillation_is_told_by_what_the_embedding_holds(device, tiny, monkeypatch, capsys):
-    _, labels = devices.find(device, None)
+    _, labels = devices.find(device, None, 100)
     assert labels.tolist() == [*20 * "A", *20 * "N", *20 * "~"]
     own = torch.from_numpy((labels == "A") + np.zeros((4, 60))).T.float()
     noise = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))

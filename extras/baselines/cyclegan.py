@@ -7,21 +7,23 @@ a judge of pieces of its own.  Each is told "real" by its judge; both circles, t
 back and there, must end where they began (10 times the mean absolute error), and what is already on
 the other side must stay (2.5 times).
 
-Departure from the published form: all four networks step at once.
+Departures from the original for photographs: U-Nets with kernels of (2, 4) on an image of 16 rows;
+cross-entropy, not squares; judges do not see older fakes again.  And gan.py's.
 """
 
 import dataclasses
 
 import torch
 
-from extras.baselines.common import BaselineConfig, run_baseline
-from extras.baselines.gan import GenerativeMethod, PatchDiscriminator, UNet, UNetGenerator
-from extras.baselines.gan import as_image, frozen, is_made, is_real, repeat_lead, width_of
+from extras.baselines.common import run_baseline
+from extras.baselines.gan import GenerativeConfig, GenerativeMethod, PatchDiscriminator, UNet
+from extras.baselines.gan import UNetGenerator, as_image, distance, frozen, is_made, is_real
+from extras.baselines.gan import repeat_lead, width_of
 from selfmis import flag
 
 
 @dataclasses.dataclass
-class CycleGANConfig(BaselineConfig):
+class CycleGANConfig(GenerativeConfig):
     out: str = flag("runs/cyclegan", "folder of the run", metavar="DIR")
 
 
@@ -48,19 +50,15 @@ class CycleGAN(GenerativeMethod):
         kept = distance(there(multi)[0], multi) + distance(back(single)[0], single)
         fooled = is_real(frozen(self.judge_multi, made_multi))
         fooled = fooled + is_real(frozen(self.judge_single, made_single))
-        judged = judge(self.judge_multi, multi, made_multi)
-        judged = judged + judge(self.judge_single, single, made_single)
+        judged = tell_apart(self.judge_multi, multi, made_multi)
+        judged = judged + tell_apart(self.judge_single, single, made_single)
         # A circle counts for both generators, and its gradient reaches both at once.
         loss = fooled + 10 * circles + 2.5 * kept + judged
         numbers = dict(error=distance(made_multi, multi), circles=circles, judged=judged)
         return loss, {name: value.detach() for name, value in numbers.items()}
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a - b).float().abs().mean()
-
-
-def judge(network: PatchDiscriminator, true: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+def tell_apart(network: PatchDiscriminator, true: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """Half the loss of telling them apart."""
     return (is_real(network(true)) + is_made(network(made.detach()))) / 2
 

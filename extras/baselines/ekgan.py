@@ -7,8 +7,7 @@ leads and draws them again.  The generator is told "real" by a judge of every sa
 true leads by 50 times the mean absolute error, and its narrowest layer to the label network's.
 
 Departures from the published form: the label network draws the twelve leads that it is given (in
-the published code the input, lead I), so that its narrowest layer knows them; all networks step at
-once; no decay of the rate but our cosine.
+the published code the input, lead I), so that its narrowest layer knows them.  And gan.py's.
 """
 
 import dataclasses
@@ -17,9 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras.baselines.common import BaselineConfig, run_baseline
-from extras.baselines.gan import GenerativeMethod, UNet, UNetGenerator, as_image
-from extras.baselines.gan import conditional_losses, initialise, repeat_lead, width_of
+from extras.baselines.common import run_baseline
+from extras.baselines.gan import GenerativeConfig, GenerativeMethod, UNet, UNetGenerator
+from extras.baselines.gan import as_image, conditional_losses, distance, initialise
+from extras.baselines.gan import repeat_lead, width_of
 from selfmis import flag
 
 KERNELS = (64, 32, 16, 8, 4)  # samples, of one row
@@ -27,7 +27,7 @@ STRIDES = (4, 4, 4, 2, 2)
 
 
 @dataclasses.dataclass
-class EKGANConfig(BaselineConfig):
+class EKGANConfig(GenerativeConfig):
     out: str = flag("runs/ekgan", "folder of the run", metavar="DIR")
 
 
@@ -67,6 +67,8 @@ class SampleDiscriminator(nn.Module):
 class EKGAN(GenerativeMethod):
     """A judge of samples, the absolute error, and the distance of the narrowest layers."""
 
+    published = GenerativeMethod.published | dict(batch_size=128, lr=1e-4)
+
     def __init__(self, config: EKGANConfig) -> None:
         super().__init__(config)
         width = width_of(config)
@@ -82,9 +84,8 @@ class EKGAN(GenerativeMethod):
         given, true = repeat_lead(piece[:, :1]), as_image(piece)  # (B, 1, 16, 512)
         made, narrowest = self.encoder.unet(given)
         drawn, known = self.label(true)
-        error = (made - true).float().abs().mean()
-        apart = (narrowest - known.detach()).float().abs().mean()
-        label_error = (drawn - true).float().abs().mean()
+        error, label_error = distance(made, true), distance(drawn, true)
+        apart = distance(narrowest, known.detach())
         fooled, judged = conditional_losses(self.judge, given, true, made)
         loss = fooled + 50 * error + apart + label_error + judged
         numbers = dict(error=error, apart=apart, label_error=label_error, judged=judged)

@@ -1,9 +1,17 @@
 """What the generative methods share: twelve leads as an image, the U-Net, the discriminators.
 
 A generator makes eleven leads out of lead I.  It works in millivolts over one number, the root mean
-square of training records: that of a record's own twelve leads is not known when only lead I is.
-It learns on pieces of 512 samples; being convolutional it takes any length.
+square of its first batch: that of a record's own twelve leads is not known when only lead I is.  It
+learns on pieces of 512 samples; being convolutional it takes any length (an instance norm then sees
+more of it).  Image, U-Net and judge of
+pieces are those of EKGAN's public code, in which Pix2Pix and CycleGAN are compared too.
+
+Departures of all of them: generator and judge step at once, both from their old weights; gradients
+are clipped at 1 together (Adam undoes the scale) and the rate falls by a cosine; no dropout.  Batch
+norm is that of each process.
 """
+
+import dataclasses
 
 import torch
 import torch.nn as nn
@@ -11,10 +19,23 @@ import torch.nn.functional as F
 
 from extras.baselines.common import BaselineConfig, BaselineTraining, Method, random_segment
 from extras.baselines.losses import gather
-from selfmis import lead_index
+from selfmis import UsageError, flag, lead_index
 
 PIECE = 512  # samples that training sees at once
+LEAD_I = lead_index("I")
 WIDTHS = {"published": 64, "small": 16}
+
+
+@dataclasses.dataclass
+class GenerativeConfig(BaselineConfig):
+    """Flags of pix2pix, cyclegan, ekgan and mcma."""
+
+    leads: int = flag(1, "lead I, out of which the others are made", choices=(1,))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.filter not in (None, "none") or self.normalize is not None:
+            raise UsageError("--filter, --normalize: generators work on millivolts as recorded")
 
 
 def as_image(ecg: torch.Tensor) -> torch.Tensor:
@@ -73,7 +94,7 @@ class UNet(nn.Module):
         narrowest = x  # (B, 16 w, 1, T / 32)
         for conv, norm in zip(self.ups, self.up_norms, strict=True):
             below = passed.pop()
-            x = norm(conv(x)[..., : below.shape[2], :])
+            x = norm(conv(x)[..., : below.shape[2], :])  # "same" again: a stride of 1 adds a row
             if passed:
                 x = F.relu(x)
                 x = torch.cat([x, below], 1) if self.skips else x
@@ -120,9 +141,18 @@ def is_made(logits: torch.Tensor) -> torch.Tensor:
 
 
 def frozen(network: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """network(*inputs), whose weights get no gradient: what a generator's loss asks of a judge."""
-    weights = {name: weight.detach() for name, weight in network.named_parameters()}
-    return torch.func.functional_call(network, weights, inputs)
+    """network(*inputs), whose weights get no gradient: what a generator's loss asks of a judge.
+
+    Nor do its running statistics move.
+    """
+    state = {name: weight.detach() for name, weight in network.named_parameters()}
+    state |= {name: buffer.clone() for name, buffer in network.named_buffers()}
+    return torch.func.functional_call(network, state, inputs)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The mean absolute error."""
+    return (a - b).float().abs().mean()
 
 
 def conditional_losses(
@@ -138,13 +168,14 @@ def conditional_losses(
 class Generator(nn.Module):
     """Lead I in mV (B, 1, T) -> twelve leads in mV (B, 12, T), lead I as it was.
 
-    architecture: the arguments that build it again.  `draw(lead)` is the network's part, in units
-    of `scale` mV, for a length that is a multiple of 32.
+    architecture: the arguments that build it again.  training_data: what it has seen.
+    `draw(lead)` is the network's part, in units of `scale` mV, for a multiple of 32 samples.
     """
 
     def __init__(self, **architecture) -> None:
         super().__init__()
         self.architecture = architecture
+        self.training_data: list[dict] = []
         self.register_buffer("scale", torch.zeros(()))  # mV; 0: not known yet
 
     def draw(self, lead: torch.Tensor) -> torch.Tensor:
@@ -156,8 +187,7 @@ class Generator(nn.Module):
         padded = F.pad(lead, (longer // 2, longer - longer // 2), mode="reflect")
         ecg = self.draw(padded / self.scale) * self.scale
         ecg = ecg[..., longer // 2 : longer // 2 + T]
-        row = lead_index("I")
-        return torch.cat([ecg[:, :row], lead, ecg[:, row + 1 :]], 1)
+        return torch.cat([ecg[:, :LEAD_I], lead, ecg[:, LEAD_I + 1 :]], 1)
 
 
 class UNetGenerator(Generator):
@@ -174,11 +204,12 @@ class UNetGenerator(Generator):
 class GenerativeMethod(Method):
     """A generator, which is kept, and what judges it.
 
-    Generator and discriminator step at once: the generator's loss sees the discriminator with its
-    weights frozen, the discriminator's loss what was generated without its gradient, and the sum of
-    both has the gradients of the two.
+    The loss is a sum: the generator's, which sees the judge with its weights frozen, and the
+    judge's, which sees what was made without its gradient.  So one backward pass gives each side
+    the gradient of its own loss alone.
     """
 
+    # Epochs and batch are ours; the rate is the original's.
     published = dict(sample_rate=500.0, epochs=100, batch_size=64)
     published |= dict(lr=2e-4, warmup=0, weight_decay=0.0)
     small = dict(sample_rate=100.0, epochs=8, batch_size=128)
@@ -191,7 +222,8 @@ class GenerativeMethod(Method):
         config = run.config
         command = f"python -m extras.baselines.generated make {run.out / 'best.pt'} --out {run.out}"
         folds = f"--val-fold {config.val_fold} --test-fold {config.test_fold}"
-        return f"{command} --data {config.data[0]} {folds}"
+        labelled = [c.root for c in run.pairs.dataset.records.collections if c.kind == "ptb-xl"]
+        return f"{command} --data {(labelled or ['YOUR_PTB_XL_FOLDER'])[0]} {folds}"
 
     def pieces(self, ecg: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         """A random piece of each record, in units of the generator's scale: (B, 12, 512).

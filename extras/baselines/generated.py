@@ -7,11 +7,14 @@
 
 make:  OUT/generated.npy, (N, 12, T) float32 in mV, the leads in the order of LEADS and lead I as it
        was, of the labelled records of the test fold; OUT/generated.json names them.  `fir` is a
-       filter of 31 taps for each lead, least squares on the records of the training folds.
-score: a twelve-lead classifier whose head was fitted on real leads (probe.pt of a teacher,
-       --lead all) ranks them, beside real leads, lead I with zeros, and lead I in all rows.
-       Errors, correlations and variances are means over the eleven leads that were made; FID is the
-       Frechet distance to the real records' embeddings.
+       filter of 0.31 s for each lead, least squares on the records of the training folds.
+score: a twelve-lead classifier whose head was fitted on real leads (probe.pt of a teacher, --lead
+       all; the head that was better on the validation fold) ranks them, beside real leads, lead I
+       with zeros, and lead I in all rows.  mV^2 is the mean squared error, r Pearson's correlation
+       of a record's lead, both means over the eleven leads that were made.  FID is the Frechet
+       distance of one half of the patients, made, to the embeddings of the other half, real; for
+       real leads that is what chance alone makes.  Then r, and the variance of what was made over
+       that of what was recorded, lead by lead.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import torch
 
 import selfmis
 import train_probe
-from extras.baselines.gan import Generator, UNetGenerator
+from extras.baselines.gan import LEAD_I, Generator, UNetGenerator
 from extras.baselines.mcma import MCMAGenerator
 from extras.detect import run_command
 from extras.evidence import MEANS, Scores, difference, print_table
@@ -32,9 +35,10 @@ from extras.synthetic import save_picture
 from selfmis import LEADS, Records, UsageError, import_optional
 
 GENERATORS = {network.__name__: network for network in (UNetGenerator, MCMAGenerator)}
-TAPS = 31
+FILTER_SECONDS = 0.31
 FIT_RECORDS = 2000  # of the training folds, for the filter
-MADE = slice(1, 12)  # the leads but I
+MADE = [i for i in range(12) if i != LEAD_I]
+PAPER = {"pix2pix": "64.6", "cyclegan": "55.4", "ekgan": "60.4", "mcma": "76.2"}  # nine-type mean
 
 
 def test_records(flags: argparse.Namespace, rate_hz: float) -> Records:
@@ -65,55 +69,68 @@ def load_generator(path: str) -> tuple[Generator, float]:
         raise UsageError(f"{path}: no generator in it; give best.pt of pix2pix or the like")
     generator = GENERATORS[content["network"]](**content["architecture"])
     selfmis.load_strictly(generator, content["encoder"], path)
+    generator.training_data = content["training_data"]
     return generator.eval(), content["sample_rate_hz"]
 
 
-def fit_filters(ecg: np.ndarray) -> np.ndarray:
-    """(N, 12, T) mV -> (12, 31): the filters of lead I that come nearest to each lead."""
-    gram, products = np.zeros((TAPS, TAPS)), np.zeros((TAPS, 12))
-    for record in ecg.astype(np.float64):
-        windows = filter_windows(record[0])  # (T, 31)
+def fit_filters(ecg: np.ndarray, taps: int) -> np.ndarray:
+    """(N, 12, T) mV -> (12, taps): the filters of lead I that come nearest to each lead."""
+    gram, products = np.zeros((taps, taps)), np.zeros((taps, 12))
+    for record in ecg:
+        record = record.astype(np.float64)
+        windows = filter_windows(record[LEAD_I], taps)  # (T, taps)
         gram += windows.T @ windows
         products += windows.T @ record.T
-    return np.linalg.solve(gram + 1e-9 * np.trace(gram) * np.eye(TAPS), products).T
+    return np.linalg.solve(gram + 1e-9 * np.trace(gram) * np.eye(taps), products).T
 
 
-def filter_windows(lead: np.ndarray) -> np.ndarray:
-    """(T,) -> (T, 31): the samples round each, zeros beyond the ends."""
-    padded = np.pad(lead, TAPS // 2)
-    return np.lib.stride_tricks.sliding_window_view(padded, TAPS)
+def filter_windows(lead: np.ndarray, taps: int) -> np.ndarray:
+    """(T,) -> (T, taps): the samples round each, zeros beyond the ends; taps is odd."""
+    return np.lib.stride_tricks.sliding_window_view(np.pad(lead, taps // 2), taps)
 
 
 def apply_filters(lead: np.ndarray, filters: np.ndarray) -> np.ndarray:
-    """(T,), (12, 31) -> (12, T), lead I as it was."""
-    made = filters @ filter_windows(lead).T
-    made[0] = lead
+    """(T,), (12, taps) -> (12, T) float32, lead I as it was."""
+    made = (filters @ filter_windows(lead, filters.shape[1]).T).astype(np.float32)
+    made[LEAD_I] = lead
     return made
 
 
 @torch.no_grad()
 def make(flags: argparse.Namespace) -> None:
-    (source,) = flags.sources
+    if len(flags.sources) > 1:
+        raise UsageError(f"make {' '.join(flags.sources)}: one at a time")
+    source = flags.sources[0]
     if source == "fir":
         rate_hz = flags.sample_rate
         records = selfmis.find_records(flags.data, sample_rate_hz=rate_hz)
         trains = (records.folds != flags.val_fold) & (records.folds != flags.test_fold)
         rows = np.random.default_rng(0).permutation(np.flatnonzero(trains))[:FIT_RECORDS]
-        filters = fit_filters(read_mv(records[rows], rate_hz))
+        taps = 2 * round(FILTER_SECONDS * rate_hz / 2) - 1
+        filters = fit_filters(read_mv(records[rows], rate_hz), taps)
     else:
         generator, rate_hz = load_generator(source)
     records = test_records(flags, rate_hz)
-    real = read_mv(records, rate_hz)
-    if source == "fir":
-        made = [apply_filters(ecg[0], filters) for ecg in real]
-    else:
-        made = [generator(torch.from_numpy(ecg[None, :1]))[0].numpy() for ecg in real]
+    made = np.empty((len(records), 12, round(10 * rate_hz)), np.float32)
+    for i, ecg in enumerate(read_mv(records, rate_hz)):
+        if source == "fir":
+            made[i] = apply_filters(ecg[LEAD_I], filters)
+        else:
+            made[i] = generator(torch.from_numpy(ecg[None, [LEAD_I]]))[0].numpy()
+    if source != "fir":
+        warn_of_seen(generator, records)
     flags.out.mkdir(parents=True, exist_ok=True)
-    np.save(flags.out / "generated.npy", np.stack(made).astype(np.float32))
+    np.save(flags.out / "generated.npy", made)
     names = [records.name(i) for i in range(len(records))]
     content = dict(source=source, sample_rate_hz=rate_hz, leads=LEADS, records=names)
-    selfmis.write_json(flags.out / "generated.json", content)
+    selfmis.write_json(flags.out / "generated.json", content)  # last: it says that all is there
     print(f"{flags.out / 'generated.npy'}: {len(made):,} records")
+
+
+def warn_of_seen(network, records: Records) -> None:
+    """Say so where test records trained or chose the network."""
+    for warning in train_probe.test_set_warnings(network, records):
+        print(f"warning: {warning}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,14 +147,17 @@ class Likeness(NamedTuple):
 
 
 def likeness(real: np.ndarray, made: np.ndarray) -> Likeness:
-    real, made = real.astype(np.float64), made.astype(np.float64)
-    error = np.square(made - real).mean((0, 2))
-    a = real - real.mean(2, keepdims=True)
-    b = made - made.mean(2, keepdims=True)
-    norms = np.sqrt(np.square(a).sum(2) * np.square(b).sum(2))  # (N, 12)
-    correlation = np.divide((a * b).sum(2), norms, out=np.zeros_like(norms), where=norms > 0)
-    variance = np.square(b).mean((0, 2)) / np.square(a).mean((0, 2))
-    return Likeness(error, correlation.mean(0), variance)
+    errors, correlations, variances = [], [], []
+    for a, b in zip(real, made, strict=True):  # one by one: a fold at 500 Hz is large
+        a, b = a.astype(np.float64), b.astype(np.float64)  # (12, T)
+        errors.append(np.square(b - a).mean(1))
+        a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+        norms = np.sqrt(np.square(a).sum(1) * np.square(b).sum(1))  # (12,); 0 for a flat lead
+        correlations.append((a * b).sum(1) / np.where(norms > 0, norms, 1))
+        variances.append((np.square(b).mean(1), np.square(a).mean(1)))
+    made_variance, real_variance = np.sum(variances, 0)
+    variance = made_variance / real_variance
+    return Likeness(np.mean(errors, 0), np.mean(correlations, 0), variance)
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -151,11 +171,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(apart + np.trace(S1) + np.trace(S2) - 2 * np.sqrt(inner.clip(0)).sum())
 
 
-def embed_all(encoder, ecg: np.ndarray) -> torch.Tensor:
-    """(N, 12, T) in mV -> (N, D), preprocessed as real records are."""
+def embed_leads(encoder, ecg: np.ndarray) -> torch.Tensor:
+    """(N, 12, T) in mV, or lead I (N, 1, T), scored by itself beside rows of zeros -> (N, D)."""
     options = dict(sample_rate_hz=encoder.sample_rate_hz, **encoder.preprocessing)
     signals = np.stack([selfmis.preprocess(one, **options) for one in ecg])
-    return selfmis.embed(encoder, torch.from_numpy(signals), torch.device("cpu"))
+    signals = selfmis.with_empty_leads(torch.from_numpy(signals), encoder, "I")
+    return selfmis.embed(encoder, signals, torch.device("cpu"))
 
 
 def read_made(folder: Path, records: Records, rate_hz: float) -> np.ndarray:
@@ -169,7 +190,7 @@ def read_made(folder: Path, records: Records, rate_hz: float) -> np.ndarray:
         raise UsageError(f"{folder}: of other records than this test fold")
     if content["sample_rate_hz"] != rate_hz:
         raise UsageError(f"{folder}: {content['sample_rate_hz']:g} Hz, the probe {rate_hz:g} Hz")
-    return np.load(folder / "generated.npy")
+    return np.load(folder / "generated.npy", mmap_mode="r")
 
 
 def score(flags: argparse.Namespace) -> None:
@@ -178,49 +199,47 @@ def score(flags: argparse.Namespace) -> None:
     encoder = selfmis.load_encoder(flags.probe)
     if encoder.lead != "all":
         raise UsageError(f"{flags.probe}: a probe of lead {encoder.lead}; give one of --lead all")
+    content = selfmis.read_checkpoint(flags.probe)
     records = test_records(flags, encoder.sample_rate_hz)
+    encoder.training_data = encoder.training_data + content["head_training_data"]
+    warn_of_seen(encoder, records)
     real = read_mv(records, encoder.sample_rate_hz)
     shown = {"real leads": real}
-    for folder in flags.sources:
-        shown[Path(folder).name] = read_made(Path(folder), records, encoder.sample_rate_hz)
-    shown["lead I in all rows"] = np.repeat(real[:, :1], 12, 1)
-    embedded = {name: embed_all(encoder, ecg) for name, ecg in shown.items()}
-    embedded["lead I and zeros"] = embed_lead_I(encoder, real)
+    for folder in map(Path, flags.sources):
+        name = str(folder) if folder.name in shown else folder.name
+        shown[name] = read_made(folder, records, encoder.sample_rate_hz)
+    shown["lead I in all rows"] = np.broadcast_to(real[:, [LEAD_I]], real.shape)
+    embedded = {name: embed_leads(encoder, ecg) for name, ecg in shown.items()}
+    embedded["lead I and zeros"] = embed_leads(encoder, real[:, [LEAD_I]])
 
-    weight, bias = selfmis.read_checkpoint(flags.probe)["head"]
+    weight, bias = content["head"]
     results = {}
     for name, z in embedded.items():
         logits = train_probe.score(z, weight, bias)
         auc, draws = train_probe.mean_auc([logits], records.labels, records.patient_keys())
         results[name] = Scores(auc, draws, records.labels, [])
-    half = np.random.default_rng(0).permutation(len(real)) % 2 == 0
-    z_real = embedded["real leads"].numpy()
-    lines = [["leads", *MEANS.values(), "six minus real", "mV^2", "r", "variance", "FID"]]
+    _, patient = np.unique(records.patient_keys(), return_inverse=True)
+    half = np.random.default_rng(0).permutation(patient.max() + 1)[patient] % 2 == 0
+    rest = embedded["real leads"][~half].numpy()
+    alike = {name: likeness(real, ecg) for name, ecg in shown.items() if name != "real leads"}
+    lines = [["leads", *MEANS.values(), "six minus real", "mV^2", "r", "FID", "nine, paper"]]
     for name, own in results.items():
         line = [name, *(own.cell(group) for group in MEANS)]
-        is_real = name == "real leads"
-        line.append("" if is_real else difference(own, results["real leads"], "six"))
-        line += likeness_cells(real, shown.get(name) if not is_real else None)
-        pair = (z_real[half], z_real[~half]) if is_real else (z_real, embedded[name].numpy())
-        lines.append([*line, f"{frechet_distance(*pair):.3g}"])
-    print_table("Generated leads (FID of real leads: one half of the fold to the other)", lines)
+        other = None if name == "real leads" else results["real leads"]
+        line += [difference(own, other, "six"), "", ""]
+        if name in alike:
+            line[-2] = f"{alike[name].error[MADE].mean():.3g}"
+            line[-1] = f"{alike[name].correlation[MADE].mean():.2f}"
+        line.append(f"{frechet_distance(embedded[name][half].numpy(), rest):.3g}")
+        lines.append([*line, PAPER.get(name, "")])
+    print_table("Generated leads", lines)
+    lines = [["r / variance", *(LEADS[i] for i in MADE)]]
+    for name, own in alike.items():
+        cells = [f"{own.correlation[i]:.2f} / {own.variance[i]:.2f}" for i in MADE]
+        lines.append([name, *cells])
+    print_table("Lead by lead", lines)
     if flags.picture:
         draw_picture(flags.picture, shown, embedded, records)
-
-
-def embed_lead_I(encoder, ecg: np.ndarray) -> torch.Tensor:
-    """(N, 12, T) in mV -> (N, D) of lead I, scored by itself, beside eleven rows of zeros."""
-    options = dict(sample_rate_hz=encoder.sample_rate_hz, **encoder.preprocessing)
-    single = np.stack([selfmis.preprocess(one[:1], **options) for one in ecg])
-    signals = selfmis.with_empty_leads(torch.from_numpy(single), encoder, "I")
-    return selfmis.embed(encoder, signals, torch.device("cpu"))
-
-
-def likeness_cells(real: np.ndarray, made: np.ndarray | None) -> list[str]:
-    if made is None:
-        return ["", "", ""]
-    found = likeness(real, made)
-    return [f"{values[MADE].mean():.3g}" for values in found]
 
 
 def draw_picture(path: str, shown: dict, embedded: dict, records: Records) -> None:

@@ -5,20 +5,21 @@
 The generator, a U-Net with batch norm, is told "real" by a judge of pieces who sees lead I beside
 the twelve leads, and pulled to the true leads by 50 times the mean absolute error.
 
-Departures from the published form: 50, where the original for photographs has 100; both networks
-step at once.
+Departures from the original for photographs: 50, where it has 100; kernels of (2, 4) on an image of
+16 rows, lead I in twelve of them; the judge's two losses are summed, not halved.  And gan.py's.
 """
 
 import dataclasses
 
-from extras.baselines.common import BaselineConfig, run_baseline
-from extras.baselines.gan import GenerativeMethod, PatchDiscriminator, UNetGenerator, as_image
-from extras.baselines.gan import conditional_losses, repeat_lead, width_of
+from extras.baselines.common import run_baseline
+from extras.baselines.gan import GenerativeConfig, GenerativeMethod, PatchDiscriminator
+from extras.baselines.gan import UNetGenerator, as_image, conditional_losses, distance
+from extras.baselines.gan import repeat_lead, width_of
 from selfmis import flag
 
 
 @dataclasses.dataclass
-class Pix2PixConfig(BaselineConfig):
+class Pix2PixConfig(GenerativeConfig):
     out: str = flag("runs/pix2pix", "folder of the run", metavar="DIR")
     distance: float = flag(50.0, "weight of the mean absolute error")
 
@@ -38,7 +39,7 @@ class Pix2Pix(GenerativeMethod):
         piece = self.pieces(ecg, draw)
         given, true = repeat_lead(piece[:, :1]), as_image(piece)  # (B, 1, 16, 512)
         made, _ = self.encoder.unet(given)
-        error = (made - true).float().abs().mean()
+        error = distance(made, true)
         fooled, judged = conditional_losses(self.judge, given, true, made)
         numbers = dict(error=error.detach(), fooled=fooled.detach(), judged=judged.detach())
         return fooled + self.config.distance * error + judged, numbers
