@@ -30,10 +30,12 @@ from selfmis import lead_index
 from train_pretrain import Training
 
 INDEPENDENT = [i for i, lead in enumerate(LEADS) if lead not in DERIVED]  # I, II, V1 ... V6
-SMALL_BUDGET = dict(sample_rate=100.0, epochs=8, batch_size=128)
-PUBLISHED_BUDGET = dict(sample_rate=500.0, epochs=200, batch_size=64)
-SMALL_BUDGET |= dict(lr=5e-4, warmup=50, weight_decay=0.01)
-PUBLISHED_BUDGET |= dict(lr=5e-5, warmup=0, weight_decay=0.01)
+SMALL_BUDGET = dict(
+    sample_rate=100.0, epochs=8, batch_size=128, lr=5e-4, warmup=50, weight_decay=0.01
+)
+PUBLISHED_BUDGET = dict(
+    sample_rate=500.0, epochs=200, batch_size=64, lr=5e-5, warmup=0, weight_decay=0.01
+)
 
 
 @dataclasses.dataclass
@@ -48,7 +50,7 @@ class BaselineConfig(Config):
     epochs: int | None = flag(None, "passes over the records (small: 8, else as published)")
     batch_size: int | None = flag(None, "records of one process (small: 128, else as published)")
     lr: float | None = flag(None, "peak rate, cosine to 0 (small: 5e-4, else as published)")
-    warmup: int | None = flag(None, "steps of linear warm-up (small: 50, else 0)")
+    warmup: int | None = flag(None, "steps of linear warm-up (small: 50, else of the method)")
     weight_decay: float | None = flag(None, "of AdamW (small: 0.01, else as published)")
     val_records: int = flag(5000, "the last N records of a list without folds validate")
     save_seconds: float = flag(600.0, "between two saves of last.pt within an epoch")

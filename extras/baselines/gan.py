@@ -17,7 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras.baselines.common import BaselineConfig, BaselineTraining, Method, random_segment
+from extras.baselines.common import PUBLISHED_BUDGET, SMALL_BUDGET, BaselineConfig
+from extras.baselines.common import BaselineTraining, Method, random_segment
 from extras.baselines.losses import gather
 from selfmis import UsageError, flag, lead_index
 
@@ -210,10 +211,8 @@ class GenerativeMethod(Method):
     """
 
     # Epochs and batch are ours; the rate is the original's.
-    published = dict(sample_rate=500.0, epochs=100, batch_size=64)
-    published |= dict(lr=2e-4, warmup=0, weight_decay=0.0)
-    small = dict(sample_rate=100.0, epochs=8, batch_size=128)
-    small |= dict(lr=2e-4, warmup=0, weight_decay=0.0)
+    published = PUBLISHED_BUDGET | dict(epochs=100, lr=2e-4, weight_decay=0.0)
+    small = SMALL_BUDGET | dict(lr=2e-4, warmup=0, weight_decay=0.0)
     betas = (0.5, 0.999)
     normalize = "none"
 

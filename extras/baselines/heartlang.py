@@ -28,8 +28,8 @@ import torch.nn.functional as F
 
 import selfmis
 from extras.baselines import common
-from extras.baselines.common import INDEPENDENT, SMALL_BUDGET, BaselineConfig, Method
-from extras.baselines.common import to_view, zscore
+from extras.baselines.common import INDEPENDENT, PUBLISHED_BUDGET, SMALL_BUDGET
+from extras.baselines.common import BaselineConfig, Method, to_view, zscore
 from extras.baselines.transformer import Encoder, Layer
 from selfmis import LEADS, UsageError, flag, import_optional, lead_index
 
@@ -226,8 +226,9 @@ def mean_of(values: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
 class Vocabulary(Method):
     """Each word is drawn again from the nearest of V codes."""
 
-    published = dict(sample_rate=100.0, epochs=100, batch_size=64)
-    published |= dict(lr=5e-5, warmup=500, weight_decay=1e-4)
+    published = PUBLISHED_BUDGET | dict(
+        sample_rate=100.0, epochs=100, warmup=500, weight_decay=1e-4
+    )
     small = SMALL_BUDGET | dict(epochs=2)
     betas = (0.9, 0.99)
 
@@ -312,8 +313,7 @@ class Vocabulary(Method):
 class HeartLang(Method):
     """Cross-entropy of the codes of masked words."""
 
-    published = dict(sample_rate=100.0, epochs=200, batch_size=64)
-    published |= dict(lr=5e-4, warmup=500, weight_decay=0.05)
+    published = PUBLISHED_BUDGET | dict(sample_rate=100.0, lr=5e-4, warmup=500, weight_decay=0.05)
     small = SMALL_BUDGET | dict(epochs=6)
 
     def __init__(self, config: BaselineConfig, vocabulary: Vocabulary) -> None:

@@ -22,8 +22,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras.baselines.common import INDEPENDENT, SMALL_BUDGET, BaselineConfig, Method
-from extras.baselines.common import random_segment, run_baseline, to_view, zscore
+from extras.baselines.common import INDEPENDENT, PUBLISHED_BUDGET, SMALL_BUDGET
+from extras.baselines.common import (
+    BaselineConfig,
+    Method,
+    random_segment,
+    run_baseline,
+    to_view,
+    zscore,
+)
 from extras.baselines.transformer import Encoder, Layer
 from selfmis import LEADS, UsageError, flag
 
@@ -127,8 +134,7 @@ class STMEM(Method):
 
     # The rate is published for 256 records; epochs and batch are ours, since the shipped settings
     # are a dummy.
-    published = dict(sample_rate=250.0, epochs=200, batch_size=256)
-    published |= dict(lr=1.5e-4, warmup=0, weight_decay=0.01)
+    published = PUBLISHED_BUDGET | dict(sample_rate=250.0, batch_size=256, lr=1.5e-4)
     small = SMALL_BUDGET | dict(batch_size=64, lr=1e-3)
     betas = (0.9, 0.95)
 
