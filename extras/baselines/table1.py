@@ -36,6 +36,8 @@ FIRST = (
     ("teacher-#", 1, f"{SUPERVISED} --lead all"),
     ("clocs-resnet-12-#", 3, f"{CLOCS} {BF16} {RESNET} --leads 12"),
     ("clocs-resnet-1-#", 3, f"{CLOCS} {BF16} {RESNET} --leads 1"),
+    ("clocs-resnet-1-2epochs-#", 1, f"{CLOCS} {BF16} {RESNET} --leads 1 --epochs 2"),
+    ("clocs-resnet-1-4epochs-#", 1, f"{CLOCS} {BF16} {RESNET} --leads 1 --epochs 4"),
     ("clocs-resnet-cut-#", 3, f"{CLOCS} {BF16} {RESNET} --self-cut"),
     ("simclr-resnet-12-#", 3, f"{SIMCLR} {BF16} {RESNET} --leads 12"),
     ("simclr-resnet-1-#", 3, f"{SIMCLR} {BF16} {RESNET} --leads 1"),
@@ -122,6 +124,8 @@ ROWS = (
     *on_resnet("simclr", "SimCLR"),
     *on_resnet("three_kg", "3KG"),
     *on_resnet("clocs", "CLOCS"),
+    Row("CLOCS, 2 epochs", "lead I", "ResNet1D", "none", ["clocs-resnet-1-2epochs-0-probe"]),
+    Row("CLOCS, 4 epochs", "lead I", "ResNet1D", "none", ["clocs-resnet-1-4epochs-0-probe"]),
     Row("CLOCS, self-cut", "both", "ResNet1D", "none", with_seeds("clocs-resnet-cut-#-probe")),
     Row("supervised", "lead I", "ResNet1D", "all", with_seeds("scratch-#-frozen")),
     Row("SelfMIS, Eq. (3)", "both", "ResNet1D", "teacher's", with_seeds("paper-#-probe"), "82.6"),
@@ -154,7 +158,7 @@ def print_tables(out: Path) -> None:
     """A table for each head, of what is there."""
     for head in ("logistic", "adam"):
         lines = [["method", "sees", "network", "labels", "seeds", *evidence.MEANS.values()]]
-        lines[0] += ["six minus SelfMIS", "R@1", "its minutes", "nine, paper"]
+        lines[0] += ["44, fold 8", "six minus SelfMIS", "R@1", "its minutes", "nine, paper"]
         selfmis_scores = evidence.scores(out, tuple(SELFMIS), head)
         for row in ROWS:
             own = evidence.scores(out, tuple(row.runs), head + row.head)
@@ -162,6 +166,8 @@ def print_tables(out: Path) -> None:
                 continue
             line = [row.method, row.sees, row.network, row.labels, len(own.sixes)]
             line += [own.cell(group) for group in evidence.MEANS]
+            chosen_by = evidence.scores(out, tuple(row.runs), head + row.head, "validation_")
+            line.append(chosen_by.cell("diagnostic").partition(" ")[0])
             other = None if row.runs == SELFMIS else selfmis_scores
             line.append(evidence.difference(own, other, "six"))
             line += ["", ""] if row.head else evidence.training_cost(out, row.runs)
