@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import HERE
@@ -120,6 +121,17 @@ def test_table_1_shows_what_is_there(finished, capsys):
     six = train_probe.format_cell(results["heads"]["logistic"]["six"], "mean", "{:.3f}")
     assert line.startswith("| SelfMIS, InfoNCE ") and f"| 2     | {six} " in line
     assert adam.startswith("adam head") and "supervised" in logistic
+    assert "ST-MEM's" not in logistic
+    probed = finished / "st_mem-1-0-probe"
+    shutil.copytree(finished / "softmax-0-probe", probed)
+    with np.load(probed / "predictions.npz") as saved:
+        arrays = dict(saved)
+    for key in ("logits_logistic", "validation_logits_logistic"):
+        arrays[f"{key}_random_encoder"] = arrays[key]
+    np.savez(probed / "predictions.npz", **arrays)
+    evidence.scores.cache_clear()
+    table1.main(["ptb-xl", "--out", str(finished), "--tables"])
+    assert "| ST-MEM's " in capsys.readouterr().out
 
 
 def test_runs_and_their_probes_follow_each_other(tmp_path, monkeypatch):

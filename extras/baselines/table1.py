@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import train_probe
 from extras import evidence
 from extras.detect import run_command
 from extras.evidence import PROBE, with_seeds
@@ -108,7 +109,7 @@ def on_resnet(name: str, method: str) -> list[Row]:
 
 CONV = "conv-transformer"
 SELFMIS = with_seeds("softmax-#-probe")
-RANDOM = ", random encoder"
+RANDOM = train_probe.BASELINE_KEY
 ROWS = (
     Row("random", "", "ResNet1D", "none", with_seeds("random-#")),
     Row("random", "", CONV, "none", ["clocs-1-0-probe"], head=RANDOM),
