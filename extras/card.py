@@ -49,10 +49,7 @@ def describe_checkpoint(path) -> str:
     config = content.get("config", {})
     settings = [f"{k} {v}" for k, v in config.items() if v not in (None, False, [], "")]
     lines.append(f"settings: {', '.join(settings)}")
-    lines.append(
-        f"limits: {DISCLAIMER}; one lead does not show every infarct, and no other devices than "
-        "its training data's were tested"
-    )
+    lines.append(f"limits: {DISCLAIMER}; one lead does not show every infarct")
     return "\n".join(lines)
 
 

@@ -36,6 +36,10 @@ PROBE_KEYS |= {"head_training_data", "results", "warnings"}
 MINIMUM_CASES = 10  # rates and shares of fewer cases mean nothing
 PREVALENCE = 0.03  # 3.1 % of US adults have had an infarct (2023 guideline on coronary disease)
 SHARE = "probability, and times its share of the validation fold"
+DEVICES = (
+    "measured on recorders like the validation fold's; on a hand-held device our detectors called "
+    "half of the normal recordings positive"
+)
 DISCLAIMER = "research code, not a medical device: an infarct of today needs an emergency call"
 
 # ----------------------------------------------------------------------------------------------
@@ -224,7 +228,7 @@ def point_lines(point: dict) -> list[str]:
         lines.append(
             f"where {where}, {point['predictive_value']:.0%} of positive answers are right"
         )
-    return lines
+    return [*lines, DEVICES]
 
 
 def type_words(entry: dict) -> str:
@@ -258,6 +262,7 @@ def describe_probe(content: dict) -> dict:
         warnings.append("trained on synthetic ECG alone: it knows no real heart")
     return {
         "trained_on": describe_data(unique),
+        "rates": DEVICES,
         "test_auc": {
             "any_infarct_against_normal": results["any"]["NORM"]["auc"],
             "mean_of_nine_types": results["nine"]["mean"],

@@ -793,3 +793,8 @@ def test_a_detector_gives_what_the_probe_predicted(trained, capsys):
         got = [probabilities(entry) for entry in found.values()]
         np.testing.assert_allclose(got, want, atol=1e-3)
     assert np.ptp(want, 0).max() > 0.01
+
+
+def test_every_verdict_says_on_which_recorders_its_rates_hold():
+    lines = extras.detect.point_lines(operating_point(usual_fold()))
+    assert lines[-1] == extras.detect.DEVICES and "hand-held" in lines[-1]
