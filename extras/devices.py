@@ -135,10 +135,8 @@ def held_out_auc(x: torch.Tensor, y: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def print_rhythm(flags: argparse.Namespace) -> None:
-    folder, lines = (
-        flags.folder,
-        [["frozen encoder", "files", "AUC, A against N", "minus the first"]],
-    )
+    folder = flags.folder
+    lines = [["frozen encoder", "files", "AUC, A against N", "minus the first"]]
     _, labels = find(folder, None, 100)
     chosen = np.flatnonzero((labels == "A") | (labels == "N"))
     y = (labels[chosen] == "A").astype(int)
@@ -184,8 +182,8 @@ def print_alarms(flags: argparse.Namespace) -> None:
     print_table("Warnings of detect", lines)
 
     lines = [["detector", "label", "positive", "of those that point up", "that point down"]]
-    for row, (path, *_) in map(named, flags.probe):
-        is_positive = positives(path, signals)
+    for row, paths in map(named, flags.probe):
+        is_positive = np.mean([positives(path, signals) for path in paths], 0)  # over seeds
         for label, group in groups.items():
             parts = (group, group & ~points_down, group & points_down)
             lines.append([row, label, *(share(is_positive[part]) for part in parts)])
@@ -255,8 +253,14 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add("part", choices=("rhythm", "alarms", "retrieval"))
     add("folder", type=Path, help="of WFDB records")
-    add("--encoder", action="append", default=[], metavar="[NAME=]PATH", help="repeat for more")
-    add("--probe", action="append", default=[], metavar="[NAME=]PROBE.pt", help="repeat for more")
+    add(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="[NAME=]PATH[,PATH]",
+        help="a row; repeat it",
+    )
+    add("--probe", action="append", default=[], metavar="[NAME=]PROBE.pt", help="likewise")
     add("--teacher", metavar="PATH", help="the encoder of twelve leads")
     add("--fold", type=int, help="of PTB-XL, for retrieval")
     run_command(run_devices, parser, argv)
