@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Many short processes: threads only get in each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Many short processes, and some that are forked, which hang where threads have been at work.
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
