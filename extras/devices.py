@@ -27,14 +27,13 @@ import torch
 
 import selfmis
 import train_probe
-from extras.detect import load_detector, operating_point, run_command
+from extras.detect import load_detector, make_answer, operating_point, run_command
 from extras.evidence import print_table
 from extras.recordings import check_recording, fill_gaps
-from selfmis import LEADS, MI_TYPES, Records, ResNet1D, UsageError
+from selfmis import LEADS, Records, ResNet1D, UsageError
 
 PARTS = 5
 AMONG = 200  # records that retrieval compares, so that collections of any size compare
-DEVICE = torch.device("cpu")
 
 
 @functools.cache
@@ -62,18 +61,25 @@ def read_all(folder: Path, fold: int | None, leads: tuple, rate_hz: float) -> li
     return [records.read(i, leads, rate_hz) for i in range(len(records))]
 
 
+def embed_recordings(encoder: ResNet1D, ecgs, lead: str = "I") -> torch.Tensor:
+    """Recordings (L, T) in mV at the encoder's rate, made ready as it asks -> (N, D) on the CPU.
+
+    L: 1, of this lead, which a 12-lead encoder gets beside rows of zeros, or 12.
+    """
+    options = dict(sample_rate_hz=encoder.sample_rate_hz or 500, **(encoder.preprocessing or {}))
+    signals = np.stack([selfmis.preprocess(ecg, **options) for ecg in ecgs])  # (N, L, T)
+    parts = []
+    for part in torch.from_numpy(signals).split(1024):  # of all, the zeros would fill the memory
+        shown = selfmis.with_empty_leads(part, encoder, lead)
+        parts.append(selfmis.embed(encoder, shown, torch.device("cpu")))
+    return torch.cat(parts)
+
+
 def embeddings(encoder: ResNet1D, folder: Path, lead: str, fold: int | None = None) -> torch.Tensor:
     """(N, D) of all records of a folder; lead: the one that is shown, or all."""
     leads = LEADS if lead == "all" else (lead,)
-    rate_hz = encoder.sample_rate_hz or 500
-    options = dict(sample_rate_hz=rate_hz, **(encoder.preprocessing or {}))
-    ecgs = read_all(folder, fold, leads, rate_hz)
-    signals = torch.from_numpy(np.stack([selfmis.preprocess(ecg, **options) for ecg in ecgs]))
-    parts = []
-    for part in signals.split(1024):
-        shown = selfmis.with_empty_leads(part, encoder, lead)
-        parts.append(selfmis.embed(encoder, shown, DEVICE))
-    return torch.cat(parts)
+    ecgs = read_all(folder, fold, leads, encoder.sample_rate_hz or 500)
+    return embed_recordings(encoder, ecgs, lead)
 
 
 def named(text: str) -> tuple[str, list[str]]:
@@ -193,15 +199,14 @@ def print_alarms(flags: argparse.Namespace) -> None:
 def positives(path: str, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
     """(N,) 1 where the detector of a probe.pt calls "any infarct", 0 where not, NaN if flat."""
     detector = load_detector(path)
-    threshold = operating_point(detector.content["validation"])["threshold"]
-    if threshold is None:
+    point = operating_point(detector.content["validation"])
+    if point["threshold"] is None:
         raise UsageError(f"{path}: too few validation records for a threshold")
     answers = np.full(len(signals), np.nan)
     for i, (ecg, rate_hz) in enumerate(signals):
         if np.ptp(ecg) > 0:
-            probabilities = detector(ecg, rate_hz)
-            score = 1 - np.prod([1 - probabilities[t] for t in MI_TYPES])
-            answers[i] = score >= threshold
+            answer = make_answer(detector(ecg, rate_hz), detector.content, point)
+            answers[i] = answer["any_infarct"]["positive"]
     return answers
 
 

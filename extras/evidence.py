@@ -126,6 +126,12 @@ def all_runs(plan: tuple, shared: list[str], out: Path) -> dict[str, list[str]]:
     return runs
 
 
+def shared_flags(flags: argparse.Namespace) -> list[str]:
+    """What all runs of a table have in common, as somebody would type it."""
+    folds = f"--val-fold {flags.val_fold} --test-fold {flags.test_fold}"
+    return ["--data", flags.data, *folds.split()]
+
+
 def run_missing(runs: dict[str, list[str]], out: Path) -> None:
     """Start every run that is not finished, one after the other; end at the first that fails."""
     for run, (script, *flags) in runs.items():
@@ -460,9 +466,8 @@ def run_evidence(flags: argparse.Namespace) -> None:
         draw_picture(text, HERE / "results.png")
         print(readme_table(text))
         return
-    folds = f"--val-fold {flags.val_fold} --test-fold {flags.test_fold}"
     if not flags.tables:
-        run_missing(all_runs(RUNS, ["--data", flags.data, *folds.split()], flags.out), flags.out)
+        run_missing(all_runs(RUNS, shared_flags(flags), flags.out), flags.out)
     out = flags.out
     minus = [("six", "scratch", SCRATCH), ("six", "random", with_seeds("random-#"))]
     print_rows(out, MAIN_TITLE, MAIN, minus, costs=True)

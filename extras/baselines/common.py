@@ -129,6 +129,13 @@ class Method(nn.Module):
         """UsageError if the epoch's numbers show that training has failed."""
 
 
+def rows_seen(config: BaselineConfig) -> list[int]:
+    """The leads of which st_mem and heartlang make tokens: `small` takes the independent ones."""
+    if config.leads == 1:
+        return [lead_index("I")]
+    return INDEPENDENT if config.size == "small" else list(range(len(LEADS)))
+
+
 class ContrastiveMethod(Method):
     """A method that compares embeddings of five seconds, in either network."""
 
@@ -192,10 +199,14 @@ def recompute_limbs(ecg: torch.Tensor) -> torch.Tensor:
 class BaselineTraining(Training):
     """train_pretrain.py's run, whose steps are those of a Method."""
 
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return len(self.train_rows) // (self.config.batch_size * self.ranks.world_size)
+
     def step_loss(self, rows: np.ndarray, signals, targets) -> torch.Tensor:
         config, ranks = self.config, self.ranks
-        steps = len(self.train_rows) // (config.batch_size * ranks.world_size)  # an epoch
-        self.model.progress = (self.epoch + self.step / steps) / config.epochs
+        self.model.progress = (self.epoch + self.step / self.steps) / config.epochs
         key = (config.seed, self.epoch, self.step, ranks.rank)
         torch.manual_seed(generator(*key, 1).initial_seed())  # dropout takes no generator
         return self.learner.forward(signals, self.patients(rows), generator(*key))[0]
@@ -299,12 +310,11 @@ def describe(run: BaselineTraining) -> dict:
     """Say what is going to happen, and return it for config.json."""
     config, ranks = run.config, run.ranks
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    steps = len(run.train_rows) // (config.batch_size * ranks.world_size)
     ranks.print(
         f"{type(run.model).__name__}: {parameters:,} parameters on {config.leads} lead(s), "
         f"{run.spec.sample_rate_hz:g} Hz, with {ranks.world_size} process(es) on "
-        f"{ranks.device.type}, amp {run.learner.amp}\n{len(run.train_rows):,} records, {steps:,} "
-        f"steps an epoch; {len(run.val_rows):,} validate; no label is used"
+        f"{ranks.device.type}, amp {run.learner.amp}\n{len(run.train_rows):,} records, "
+        f"{run.steps:,} steps an epoch; {len(run.val_rows):,} validate; no label is used"
     )
     if run.model.legend():
         ranks.print(run.model.legend())
@@ -312,7 +322,7 @@ def describe(run: BaselineTraining) -> dict:
         method=type(run.model).__name__,
         input=run.spec._asdict(),
         training_records=len(run.train_rows),
-        steps=steps,
+        steps=run.steps,
         unusable=dict(count=len(run.pairs.unusable), first=run.pairs.unusable[:3]),
         world_size=ranks.world_size,
         amp=run.learner.amp,

@@ -3,8 +3,8 @@
 A generator makes eleven leads out of lead I.  It works in millivolts over one number, the root mean
 square of its first batch: that of a record's own twelve leads is not known when only lead I is.  It
 learns on pieces of 512 samples; being convolutional it takes any length (an instance norm then sees
-more of it).  Image, U-Net and judge of
-pieces are those of EKGAN's public code, in which Pix2Pix and CycleGAN are compared too.
+more of it).  Image, U-Net and judge of pieces are those of EKGAN's public code, in which Pix2Pix
+and CycleGAN are compared too.
 
 Departures of all of them: generator and judge step at once, both from their old weights; gradients
 are clipped at 1 together (Adam undoes the scale) and the rate falls by a cosine; no dropout.  Batch

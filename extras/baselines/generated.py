@@ -30,6 +30,7 @@ import train_probe
 from extras.baselines.gan import LEAD_I, Generator, UNetGenerator
 from extras.baselines.mcma import MCMAGenerator
 from extras.detect import run_command
+from extras.devices import embed_recordings
 from extras.evidence import MEANS, Scores, difference, print_table
 from extras.synthetic import save_picture
 from selfmis import LEADS, Records, UsageError, import_optional
@@ -171,14 +172,6 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(apart + np.trace(S1) + np.trace(S2) - 2 * np.sqrt(inner.clip(0)).sum())
 
 
-def embed_leads(encoder, ecg: np.ndarray) -> torch.Tensor:
-    """(N, 12, T) in mV, or lead I (N, 1, T), scored by itself beside rows of zeros -> (N, D)."""
-    options = dict(sample_rate_hz=encoder.sample_rate_hz, **encoder.preprocessing)
-    signals = np.stack([selfmis.preprocess(one, **options) for one in ecg])
-    signals = selfmis.with_empty_leads(torch.from_numpy(signals), encoder, "I")
-    return selfmis.embed(encoder, signals, torch.device("cpu"))
-
-
 def read_made(folder: Path, records: Records, rate_hz: float) -> np.ndarray:
     """generated.npy of a folder; UsageError if it is of other records or another rate."""
     try:
@@ -209,8 +202,8 @@ def score(flags: argparse.Namespace) -> None:
         name = str(folder) if folder.name in shown else folder.name
         shown[name] = read_made(folder, records, encoder.sample_rate_hz)
     shown["lead I in all rows"] = np.broadcast_to(real[:, [LEAD_I]], real.shape)
-    embedded = {name: embed_leads(encoder, ecg) for name, ecg in shown.items()}
-    embedded["lead I and zeros"] = embed_leads(encoder, real[:, [LEAD_I]])
+    embedded = {name: embed_recordings(encoder, ecg) for name, ecg in shown.items()}
+    embedded["lead I and zeros"] = embed_recordings(encoder, real[:, [LEAD_I]])
 
     weight, bias = content["head"]
     results = {}

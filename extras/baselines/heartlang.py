@@ -28,10 +28,10 @@ import torch.nn.functional as F
 
 import selfmis
 from extras.baselines import common
-from extras.baselines.common import INDEPENDENT, PUBLISHED_BUDGET, SMALL_BUDGET
-from extras.baselines.common import BaselineConfig, Method, to_view, zscore
+from extras.baselines.common import PUBLISHED_BUDGET, SMALL_BUDGET, BaselineConfig, Method
+from extras.baselines.common import rows_seen, to_view, zscore
 from extras.baselines.transformer import Encoder, Layer
-from selfmis import LEADS, UsageError, flag, import_optional, lead_index
+from selfmis import UsageError, flag, import_optional, lead_index
 
 RATE_HZ = 100
 BEAT = 96  # samples of a word
@@ -204,13 +204,9 @@ class BeatTransformer(Encoder):
 
 def beat_transformer(config: BaselineConfig, shape: dict, dropout: float) -> BeatTransformer:
     """An encoder for the leads, beats and slots of these settings."""
-    small = config.size == "small"
-    rows = INDEPENDENT if small else list(range(len(LEADS)))
-    rows = [lead_index("I")] if config.leads == 1 else rows
-    beats, slots = (16, 128) if small else (21, 256)
-    return BeatTransformer(
-        config.leads, rows=rows, beats=beats, slots=slots, **shape, dropout=dropout
-    )
+    beats, slots = (16, 128) if config.size == "small" else (21, 256)
+    layout = dict(rows=rows_seen(config), beats=beats, slots=slots)
+    return BeatTransformer(config.leads, **layout, **shape, dropout=dropout)
 
 
 def mean_of(values: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:

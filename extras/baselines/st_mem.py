@@ -22,17 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from extras.baselines.common import INDEPENDENT, PUBLISHED_BUDGET, SMALL_BUDGET
-from extras.baselines.common import (
-    BaselineConfig,
-    Method,
-    random_segment,
-    run_baseline,
-    to_view,
-    zscore,
-)
+from extras.baselines.common import PUBLISHED_BUDGET, SMALL_BUDGET, BaselineConfig, Method
+from extras.baselines.common import random_segment, rows_seen, run_baseline, to_view, zscore
 from extras.baselines.transformer import Encoder, Layer
-from selfmis import LEADS, UsageError, flag
+from selfmis import UsageError, flag
 
 PATCHES = 30  # of a lead
 SEEN = 7  # of these: a quarter
@@ -153,9 +146,8 @@ class STMEM(Method):
 
     @staticmethod
     def make_encoder(config: BaselineConfig) -> PatchTransformer:
-        rows = INDEPENDENT if config.size == "small" else list(range(len(LEADS)))
-        rows = [0] if config.leads == 1 else rows
-        return PatchTransformer(config.leads, rows=rows, **SIZES[config.size or "published"])
+        shape = SIZES[config.size or "published"]
+        return PatchTransformer(config.leads, rows=rows_seen(config), **shape)
 
     def forward(self, ecg, patients, draw):
         view = zscore(to_view(ecg, self.config.leads))

@@ -22,7 +22,7 @@ import selfmis
 import train_probe
 from extras import evidence
 from extras.detect import run_command
-from extras.evidence import PROBE, with_seeds
+from extras.evidence import PROBE, shared_flags, with_seeds
 
 SMALL = "--size small --sample-rate 100"
 BF16 = f"{SMALL} --amp bf16"
@@ -188,12 +188,6 @@ def print_tables(out: Path) -> None:
             line += ["", ""] if row.head else evidence.training_cost(out, row.runs)
             lines.append([*line, row.paper])
         evidence.print_table(f"Table 1, {head} head", lines)
-
-
-def shared_flags(flags: argparse.Namespace) -> list[str]:
-    """What all runs of a table have in common, as somebody would type it."""
-    folds = f"--val-fold {flags.val_fold} --test-fold {flags.test_fold}"
-    return ["--data", flags.data, *folds.split()]
 
 
 def run_table(flags: argparse.Namespace) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from extras import evidence
 from extras.baselines import generated
-from extras.baselines.table1 import BF16, FIRST, add_flags, run_missing, shared_flags
+from extras.baselines.table1 import BF16, FIRST, add_flags, run_missing
 from extras.detect import run_command
-from extras.evidence import PROBE
+from extras.evidence import PROBE, shared_flags
 
 GENERATIVE = ("pix2pix", "cyclegan", "ekgan", "mcma")
 MADE = "generated.json"  # written when all is made
