@@ -108,7 +108,7 @@ class Training:
 PROGRESS = ("epoch", "step", "losses", "best", "last_entry")
 
 
-def main(config: PretrainConfig) -> dict:
+def main(config: PretrainConfig, training_class: type[Training] = Training) -> dict:
     """Train; returns the last epoch's line of log.jsonl."""
     ranks = selfmis.join_ranks(config.device, config.seed)
     out = selfmis.open_run(config)
@@ -123,7 +123,7 @@ def main(config: PretrainConfig) -> dict:
     teacher.to(ranks.device)
     rows = np.concatenate([train_rows, val_rows])
     pairs = selfmis.read_pairs(config, records, rows, spec, ranks, teacher)
-    run = prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single)
+    run = prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single, training_class)
     if last is None:
         selfmis.begin_run(out, config, describe(run), ranks)
         save_last(run)
@@ -216,7 +216,9 @@ def usable_rows(pairs, train_rows, val_rows, config, ranks) -> tuple[np.ndarray,
     return train_rows, val_rows
 
 
-def prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single) -> Training:
+def prepare(
+    config, ranks, out, spec, pairs, train_rows, val_rows, single, training_class=Training
+) -> Training:
     """Model, optimizer and all else that training needs; `resume` puts a resumed run on top."""
     train_rows, val_rows = usable_rows(pairs, train_rows, val_rows, config, ranks)
     # MIMIC's list is sorted by patient: batches of strangers, the same in every run.
@@ -225,7 +227,7 @@ def prepare(config, ranks, out, spec, pairs, train_rows, val_rows, single) -> Tr
     records = pairs.dataset.records
     seen = selfmis.training_data(records[train_rows], records[val_rows], labels=False)
     val_targets = gather_targets(pairs, val_rows, ranks)
-    return Training(
+    return training_class(
         config=config,
         ranks=ranks,
         out=out,

@@ -27,7 +27,9 @@ from extras.evidence import PROBE, shared_flags, with_seeds
 SMALL = "--size small --sample-rate 100"
 BF16 = f"{SMALL} --amp bf16"
 SUPERVISED = f"train_probe.py --finetune --epochs 8 {BF16}"
-ALIGN = "train_pretrain.py --lr 1e-3 --warmup 50 --epochs 8 --amp bf16"
+BUDGET = "--lr 1e-3 --warmup 50 --epochs 8 --amp bf16"
+ALIGN = f"train_pretrain.py {BUDGET}"
+START = "--loss softmax --multi @teacher-0 --single @clocs-resnet-1-#"
 RESNET = "--encoder resnet --lr 1e-3"
 CLOCS, SIMCLR, THREE_KG = (f"extras.baselines.{name}" for name in ("clocs", "simclr", "three_kg"))
 METHODS = ("simclr", "wav2vec2", "three_kg", "clocs", "w2v_cmsc", "st_mem", "heartlang")
@@ -55,7 +57,8 @@ THEN = (  # what needs the weights of those
     ("softmax-#", 3, f"{ALIGN} --loss softmax --multi @teacher-0"),
     ("paper-free-#", 3, f"{ALIGN} --loss paper --multi @clocs-resnet-12-0"),
     ("softmax-free-#", 3, f"{ALIGN} --loss softmax --multi @clocs-resnet-12-0"),
-    ("softmax-start-#", 3, f"{ALIGN} --loss softmax --multi @teacher-0 --single @clocs-resnet-1-#"),
+    ("softmax-start-#", 3, f"{ALIGN} {START}"),
+    ("recorders-#", 1, f"extras.recorders {BUDGET} {START}"),
 )
 # Probed beside a random encoder of the same architecture.
 WITH_BASELINE = ("clocs-1-0", "st_mem-1-0", "heartlang-1-0")
@@ -140,6 +143,9 @@ ROWS = (
         "ResNet1D",
         "teacher's",
         with_seeds("softmax-start-#-probe"),
+    ),
+    Row(
+        "the same, through simple recorders", "both", "ResNet1D", "teacher's", ["recorders-0-probe"]
     ),
     Row(
         "SelfMIS, Eq. (3), teacher from CLOCS",

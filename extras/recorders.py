@@ -1,0 +1,78 @@
+"""train_pretrain.py, whose student sees its lead as a simple recorder would have passed it.
+
+    python -m extras.recorders --data ptb-xl --multi runs/teacher/best.pt --out runs/recorders
+
+What a person holds in two hands passes less than a hospital's machine: capacitors at its inputs
+are a causal high-pass of up to a hertz, which bends the ST segment and the T wave; it passes little
+above 20 to 40 Hz, which rounds the QRS complex; and hands are swapped, which turns it upside down.
+To a detector that has never seen this, all three look like infarcts (RESULTS.md, "Other devices");
+noise and wander do not.  So here every record passes another random recorder in every epoch
+(`record_simply`), while the teacher sees it as it is.  All flags are train_pretrain.py's.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+import selfmis
+import train_pretrain
+from extras.baselines.common import generator, zscore
+from selfmis import flag
+from train_pretrain import PretrainConfig, Training
+
+
+@dataclasses.dataclass
+class RecorderConfig(PretrainConfig):
+    out: str = flag("runs/recorders", "folder of the run", metavar="DIR")
+
+
+@dataclasses.dataclass
+class RecorderTraining(Training):
+    """train_pretrain.py's run; its views pass a recorder on their way to the student."""
+
+    def step_loss(self, rows, signals, targets) -> torch.Tensor:
+        draw = generator(self.config.seed, self.epoch, self.step, self.ranks.rank)
+        passed = record_simply(signals, self.spec.sample_rate_hz, draw)
+        return super().step_loss(rows, zscore(passed), targets)
+
+
+def record_simply(x: torch.Tensor, sample_rate_hz: float, draw: torch.Generator) -> torch.Tensor:
+    """(B, L, T) -> (B, L, T), each record through a recorder of its own.
+
+    Three in four have a high-pass of one pole, one in four another one, one in two a low-pass; one
+    in four is held with swapped hands.
+    """
+    B, _, T = x.shape
+
+    def cutoff_hz(low: float, high: float, share: float, harmless: float) -> torch.Tensor:
+        """(B, 1, 1), even on a logarithmic scale; only a share of the records gets one."""
+        exponent = math.log(low) + math.log(high / low) * torch.rand(B, 1, 1, generator=draw)
+        is_met = torch.rand(B, 1, 1, generator=draw) < share
+        return torch.where(is_met, exponent.exp(), harmless)
+
+    frequency_hz = torch.fft.rfftfreq(T, 1 / sample_rate_hz)  # (T // 2 + 1,)
+    response = high_pass(frequency_hz, cutoff_hz(0.05, 1, 0.75, harmless=1e-3))
+    response = response * high_pass(frequency_hz, cutoff_hz(0.05, 0.5, 0.25, harmless=1e-3))
+    response = response * low_pass(frequency_hz, cutoff_hz(10, 45, 0.5, harmless=math.inf))
+    is_swapped = torch.rand(B, 1, 1, generator=draw) < 0.25
+    response = torch.where(is_swapped, -response, response)
+    return torch.fft.irfft(torch.fft.rfft(x) * response.to(x.device), n=T)
+
+
+def high_pass(frequency_hz: torch.Tensor, cutoff_hz: torch.Tensor) -> torch.Tensor:
+    """Complex response of a capacitor and a resistor: causal, so it bends slow waves."""
+    return 1j * frequency_hz / (cutoff_hz + 1j * frequency_hz)
+
+
+def low_pass(frequency_hz: torch.Tensor, cutoff_hz: torch.Tensor) -> torch.Tensor:
+    """A Butterworth filter of second order, forth and back: a delay would only shift the record."""
+    return 1 / (1 + (frequency_hz / cutoff_hz) ** 4)
+
+
+def main(config: RecorderConfig) -> dict:
+    return train_pretrain.main(config, RecorderTraining)
+
+
+if __name__ == "__main__":
+    selfmis.run_script(main, RecorderConfig, __doc__)
