@@ -90,6 +90,11 @@ def test_alarms_are_those_of_the_detector_by_label_and_direction(
         count += 1 - np.prod(1 - probabilities) >= threshold
     label, share = [cell.strip() for cell in lines[0].split("|")[2:4]]
     assert label == "A" and share == f"{count / 20:.1%}"
+    validation = detector.content["validation"]
+    without = validation["any_infarct"][~validation["infarct"]]
+    label, share = [cell.strip() for cell in lines[4].split("|")[2:4]]
+    assert label == "validation fold: no infarct"
+    assert share == f"{(without >= threshold).double().mean():.1%}"
 
 
 def test_retrieval_among_equally_many(tmp_path, ptbxl, tiny, monkeypatch, capsys):
