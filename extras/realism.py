@@ -298,6 +298,7 @@ def draw_sides(axes, x: np.ndarray, sides: list[np.ndarray]) -> None:
         low, middle, high = np.percentile(values, (25, 50, 75), axis=0)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(x, middle, color=colour, linewidth=1, label=name)
+    axes.margins(x=0)
 
 
 # --------------------------------------------------------------------------------------------------
