@@ -8,9 +8,9 @@ from conftest import PTBXL_NAMES, write_record
 from scipy.optimize import brentq
 
 from extras import realism
-from extras.realism import BEFORE, INTERVALS, WAVES, Pair, ks_distances, measure
+from extras.realism import BEFORE, INTERVALS, WAVES, Measurements, Pair, ks_distances, measure
 from extras.synthetic import gaussian, synthesize
-from selfmis import LEADS, STATEMENTS, Records, UsageError
+from selfmis import LEADS, STATEMENTS, Records, UsageError, find_records
 
 # In units of a lead's R; aVR sees everything upside down.
 LEAD_GAIN = np.array([1, 1.2, 0.2, -1.1, 0.4, 0.7, 0.5, 0.6, 0.8, 1.4, 1.3, 1.1])[:, None]
@@ -37,7 +37,7 @@ def constructed(p=0.15, t=0.3, rate_hz=100):
 
 def test_intervals_and_amplitudes_of_a_constructed_record():
     ecg, at = constructed()
-    found = measure([ecg])
+    found = measure([ecg + LEAD_GAIN])  # electrodes have offsets
     half = QRS[1] * steep_until()
     rr = np.diff(at)
     expected = {
@@ -106,14 +106,17 @@ def measured():
 
 
 def test_the_tables_show_equal_and_disjoint_samples(measured, capsys):
-    moved = {"intervals": measured.intervals + 5000, "amplitudes": measured.amplitudes - 100}
-    other = measured._replace(**moved, power=measured.power * 10)
+    amplitudes = measured.amplitudes - 100
+    amplitudes[:, :5, 3] = measured.amplitudes[:, :5, 3]  # T differs in seven of twelve leads
+    amplitudes[:, :7, 4] = measured.amplitudes[:, :7, 4]  # ST60 in five
+    other = Measurements(measured.intervals + 5000, amplitudes, measured.beats, measured.power)
     realism.print_tables({"all": Pair(measured, measured), "NORM": Pair(measured, other)})
     parts = capsys.readouterr().out.split("\n## ")
     same, apart = cells(parts[1])
     assert same[:3] == ["all", "30", "30"] and apart[:2] == ["NORM", "30"]
     assert same[3] == apart[3] == "0.35"  # 1.358 sqrt(2 / 30)
-    assert set(same[4:14]) == {"0.00"} and set(apart[4:14]) == {"1.00"}
+    assert set(same[4:14]) == {"0.00"} and set(apart[4:13]) == {"1.00"}
+    assert apart[13] == "0.00"
     assert apart[14].endswith(", 1.00")
     same, apart = cells(parts[2])
     rr = np.median(measured.intervals[:, 0])
@@ -196,6 +199,19 @@ def test_the_command_prints_its_tables_and_draws(folder, tmp_path, capsys):
     assert all(0 < float(ks) < 1.2 * chance for ks in rows["all"][4:14])
     assert len(cells(intervals)) == 3 and len(cells(spectrum)) == 12
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 20_000
+
+
+def test_synthetic_records_have_the_class_and_hearts_of_their_own(folder):
+    records = find_records(str(folder), sample_rate_hz=100)
+    q_in_iii, rr = {}, {}
+    for name in ("NORM", "IMI", "LMI"):
+        pair = realism.measure_class(records, np.arange(5), name)
+        assert pair.synthetic.intervals.shape == (20, 5) and len(pair.real.intervals) == 5
+        q_in_iii[name] = pair.synthetic.amplitudes[:, LEADS.index("III"), WAVES.index("Q")]
+        rr[name] = pair.synthetic.intervals[:, 0]
+    assert np.median(q_in_iii["IMI"]) > 2 * np.median(q_in_iii["NORM"])
+    # The same numbers would give both infarcts the same rhythms.
+    assert np.mean(np.abs(rr["IMI"] - rr["LMI"]) < 2) < 0.3
 
 
 def test_few_records_are_drawn_from_the_folds(folder, capsys):

@@ -18,11 +18,11 @@ import pytest
 from conftest import HERE, write_record
 
 from extras import synthetic
+from extras.realism import WAVES, find_r, ks_distances, median_beat, wave_amplitudes
 from extras.synthetic import ABNORMAL, plot_ecg, synthesize
-from selfmis import LEADS, MI_TYPES, STATEMENTS, UsageError
+from selfmis import LEADS, MI_TYPES, STATEMENTS, UsageError, resample
 
 LEAD = {lead: k for k, lead in enumerate(LEADS)}
-FEATURES = ("R", "S", "Q", "T", "ST60")
 EIGHT = [LEAD[lead] for lead in ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")]
 
 # ST in each lead per 1 mV of injury vector (physiology.md, section 4), in the order of LEADS.
@@ -57,19 +57,6 @@ def mean_beats(x, r_times, rate=500):
         beat = np.mean([ecg[:, a - int(0.3 * rate) : a + int(0.5 * rate)] for a in at], 0)
         out.append(beat - beat[:, int(0.21 * rate) : int(0.234 * rate) + 1].mean(1, keepdims=True))
     return np.stack(out)
-
-
-def features(beats):
-    """(n, 12, 400) mean beats at 500 Hz -> (n, 12, 5) R, S, Q, T, ST60 (physiology.md, 7)."""
-
-    def between(low, high):  # ms after R
-        return beats[..., 150 + low // 2 : 150 + high // 2 + 1]
-
-    r, s = between(-70, 80).max(-1), -between(-70, 80).min(-1)
-    q, st60 = -between(-70, -4).min(-1), between(90, 120).mean(-1)
-    late = between(160, 400)
-    t = np.take_along_axis(late, np.abs(late).argmax(-1)[..., None], -1)[..., 0]
-    return np.stack([r, s, q, t, st60], -1)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +170,7 @@ def test_acute_st_has_the_sign_of_its_wall(name):
     level = []
     for severity in (1.0, 0.0):  # the same patients with and without
         x, _, drawn = synthesize(40, severity=severity, **settings)
-        level.append(features(mean_beats(x, drawn["r_times"]))[..., 4])
+        level.append(wave_amplitudes(mean_beats(x, drawn["r_times"]))[..., 4])
     change = np.median(level[0] - level[1], 0)
     for lead, expected in zip(LEADS, ST_TABLE[name], strict=True):
         if abs(expected) >= 0.2:
@@ -198,8 +185,8 @@ def test_stages_differ_as_an_infarct_ages():
         x, _, drawn = synthesize(
             40, seed=12, types="AMI", stage=stage, severity=1.0, noise=0.0, seconds=4, details=True
         )
-        median[stage] = np.median(features(mean_beats(x, drawn["r_times"])), 0)[LEAD["V3"]]
-    r, _, _, t, st = (FEATURES.index(f) for f in FEATURES)
+        median[stage] = np.median(wave_amplitudes(mean_beats(x, drawn["r_times"])), 0)[LEAD["V3"]]
+    r, _, _, t, st = (WAVES.index(f) for f in WAVES)
     assert median["hyperacute"][t] > median["acute"][t] > median["subacute"][t]
     assert median["acute"][st] > 0.25 and median["acute"][st] > 2 * median["old"][st]
     assert median["subacute"][t] < 0 < median["old"][t] + 0.3
@@ -240,10 +227,10 @@ def test_normal_intervals(normal):
 
 def test_normal_amplitudes_and_r_progression(normal):
     beats, _ = normal
-    median = np.median(features(beats), 0)
+    median = np.median(wave_amplitudes(beats), 0)
     for lead, expected in NORMAL.items():
         for feature, value in zip(("R", "S", "T"), expected, strict=True):
-            found = median[LEAD[lead], FEATURES.index(feature)]
+            found = median[LEAD[lead], WAVES.index(feature)]
             assert abs(found - value) < max(0.2 * abs(value), 0.08), (
                 f"{feature} in {lead}: {found:.2f} mV, published {value:.2f}"
             )
@@ -260,15 +247,15 @@ def test_bundle_branch_blocks_are_wide_and_hypertrophy_is_tall(normal):
         size = np.sqrt((beats[:, EIGHT, 100:220] ** 2).sum(1))
         return np.median((size > 0.2 * size.max(1, keepdims=True)).sum(1) * 2)
 
-    median, widths = {"NORM": np.median(features(normal[0]), 0)}, {"NORM": width(normal[0])}
+    median, widths = {"NORM": np.median(wave_amplitudes(normal[0]), 0)}, {"NORM": width(normal[0])}
     for name in ("CLBBB", "CRBBB", "LVH", "NDT"):
         x, _, drawn = synthesize(
             40, seed=13, types=name, noise=0.0, severity=1.0, seconds=5, details=True
         )
         beats = mean_beats(x, drawn["r_times"])
-        median[name], widths[name] = np.median(features(beats), 0), width(beats)
+        median[name], widths[name] = np.median(wave_amplitudes(beats), 0), width(beats)
 
-    r, s, t = (FEATURES.index(feature) for feature in ("R", "S", "T"))
+    r, s, t = (WAVES.index(feature) for feature in ("R", "S", "T"))
     v1, v5, v6 = LEAD["V1"], LEAD["V5"], LEAD["V6"]
     assert widths["CLBBB"] > 1.3 * widths["NORM"] and widths["CRBBB"] > 1.3 * widths["NORM"]
     # Deep S and discordant T on the left, R' on the right.
@@ -295,7 +282,7 @@ def test_severity_grows_the_infarct():
             seconds=4,
             details=True,
         )
-        q.append(np.median(features(mean_beats(x, drawn["r_times"]))[:, LEAD["III"], 2]))
+        q.append(np.median(wave_amplitudes(mean_beats(x, drawn["r_times"]))[:, LEAD["III"], 2]))
         assert drawn["severity"] == [severity] * 40
     assert q[0] < q[1] < q[2] < q[3]
 
@@ -452,35 +439,9 @@ real_data = pytest.mark.skipif(not ROOT, reason="set SELFMIS_PTBXL to a PTB-XL r
 
 
 def detected_beats(x):
-    """(12, 1000) mV at 100 Hz -> (12, 400) mean beat at 500 Hz, or None.
-
-    R is the peak of the eight-lead vector.
-    """
-    spectrum = np.fft.rfft(x)
-    spectrum[:, -1] *= 0.5
-    y = np.fft.irfft(spectrum, 5000) * 5
-    k = y[EIGHT]
-    steep = np.convolve(np.sqrt(((k[:, 8:] - k[:, :-8]) ** 2).sum(0)), np.ones(30) / 30, "same")
-    limit = 0.4 * np.median([steep[i : i + 1000].max() for i in range(0, 4000, 1000)])
-    middle = steep[1:-1]
-    peaks = 5 + np.flatnonzero((middle >= steep[:-2]) & (middle > steep[2:]) & (middle > limit))
-    kept, r = [], []
-    for p in peaks[np.argsort(-steep[peaks - 4])]:
-        if all(abs(p - other) > 150 for other in kept):
-            kept.append(p)
-            if 190 <= p <= 4740:
-                level = np.median(k[:, p - 100 : p - 30], 1, keepdims=True)
-                r.append(p - 40 + int(((k[:, p - 40 : p + 40] - level) ** 2).sum(0).argmax()))
-    r = [a for a in r if 150 <= a <= 4750]
-    if len(r) < 3:
-        return None
-    beats = np.stack([y[:, a - 150 : a + 250] for a in r])
-    beats -= beats[:, :, 105:118].mean(2, keepdims=True)
-    typical = np.median(beats, 0)
-    alike = [
-        np.corrcoef(b[:, 90:235].ravel(), typical[:, 90:235].ravel())[0, 1] > 0.8 for b in beats
-    ]
-    return beats[alike].mean(0) if sum(alike) >= 3 else typical
+    """(12, 1000) mV at 100 Hz -> (12, 400) median beat at 500 Hz, or None."""
+    fine = resample(x, 100, 500)
+    return median_beat(fine, find_r(fine))
 
 
 @pytest.fixture(scope="module")
@@ -501,12 +462,14 @@ def real_features(records, wanted, folds, limit):
         for path, fold, codes in records
         if fold in folds and wanted(codes)
     )
-    return np.array([features(beat) for beat in itertools.islice(beats, limit) if beat is not None])
+    return np.array(
+        [wave_amplitudes(beat) for beat in itertools.islice(beats, limit) if beat is not None]
+    )
 
 
 def synthetic_features(name, n):
     x, _ = synthesize(n, seed=21, types=name, sample_rate_hz=100)
-    return np.array([features(b) for b in map(detected_beats, x) if b is not None])
+    return np.array([wave_amplitudes(b) for b in map(detected_beats, x) if b is not None])
 
 
 @real_data
@@ -520,13 +483,7 @@ def test_normal_distributions_against_ptbxl(records):
     print("lead     R     S     T  ST60")
     worst = 0
     for lead in LEADS:
-        row = []
-        for feature in ("R", "S", "T", "ST60"):
-            a, b = (np.sort(f[:, LEAD[lead], FEATURES.index(feature)]) for f in (real, made))
-            both = np.concatenate([a, b])
-            real_share = np.searchsorted(a, both, "right") / len(a)
-            made_share = np.searchsorted(b, both, "right") / len(b)
-            row.append(np.abs(real_share - made_share).max())
+        row = ks_distances(real[:, LEAD[lead]], made[:, LEAD[lead]])[[0, 1, 3, 4]]
         worst = max(worst, *row)
         print(f"{lead:4s} " + " ".join(f"{v:5.2f}" for v in row))
     assert worst < 0.25
@@ -551,7 +508,7 @@ def test_class_medians_against_ptbxl(records):
         outside = np.abs(a - b) > np.maximum(0.25 * np.abs(a), 0.1)
         total += a.size
         for lead, feature in np.argwhere(outside):
-            words = f"{name} {LEADS[lead]} {FEATURES[feature]}"
+            words = f"{name} {LEADS[lead]} {WAVES[feature]}"
             values = f"real {a[lead, feature]:+.2f}, synthetic {b[lead, feature]:+.2f} mV"
             off.append(f"{words}: {values}")
     print(f"\n{total - len(off)} of {total} class medians within 25 % or 0.1 mV; outside:")
