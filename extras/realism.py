@@ -195,7 +195,17 @@ def measure_class(records: Records, rows: np.ndarray, name: str) -> Pair:
     return Pair(real, measure(synthesize(1, SEED, first=k, **settings)[0][0] for k in numbers))
 
 
-def join(parts: Iterable[Measurements]) -> Measurements:
+def measure_classes(records: Records, rows: dict[str, np.ndarray]) -> dict[str, Pair]:
+    """{class: Pair} of the classes in whose records beats are found."""
+    pairs = {}
+    for name, chosen in rows.items():
+        pair = measure_class(records, chosen, name)
+        if len(pair.real.intervals):
+            pairs[name] = pair
+    return pairs
+
+
+def join(parts: list[Measurements]) -> Measurements:
     return Measurements(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
@@ -250,6 +260,15 @@ def print_tables(pairs: dict[str, Pair]) -> None:
         lines.append([name, len(real.intervals), *cells])
     print_table("Intervals in ms: median real / synthetic (KS distance)", lines)
 
+    lines = [["class", "real", *INTERVALS]]
+    for name, pair in pairs.items():
+        low, high = np.nanpercentile(pair.real.intervals, (5, 95), axis=0)
+        made_low, made_high = np.nanpercentile(pair.synthetic.intervals, (5, 95), axis=0)
+        ranges = zip(low, high, made_low, made_high, strict=True)
+        cells = [f"{a:.0f} to {b:.0f} / {c:.0f} to {d:.0f}" for a, b, c, d in ranges]
+        lines.append([name, len(pair.real.intervals), *cells])
+    print_table("Intervals in ms: from 5 to 95 % of the records, real / synthetic", lines)
+
     for name, (real, synthetic) in pairs.items():
         lines = [["lead", "real", *WAVES]]
         for k, lead in enumerate(LEADS):
@@ -276,13 +295,13 @@ def draw_picture(pairs: dict[str, Pair], path: str) -> None:
         beats[0, column].set_title(f"{name}, {len(pairs[name].real.beats)} real", fontsize=10)
         beats[-1, column].set(xlabel="ms after R", xticks=(-200, 0, 200, 400))
         for row in range(len(SHOWN)):
-            draw_sides(beats[row, column], ms, [side.beats[:, row] for side in pairs[name]])
+            draw_sides(beats[row, column], ms, *(side.beats[:, row] for side in pairs[name]))
     spectra = below.subplots(1, len(SHOWN), sharey=True)
     hz = np.linspace(0, RECORD_HZ / 2, pairs["all"].real.power.shape[-1])[1:-1]
     for k, lead in enumerate(SHOWN):
         beats[k, 0].set_ylabel(f"{lead}, mV")
         power = [side.power[:, LEADS.index(lead), 1:-1] for side in pairs["all"]]
-        draw_sides(spectra[k], hz, power)
+        draw_sides(spectra[k], hz, *power)
         spectra[k].set(xscale="log", yscale="log", xlabel="Hz", ylim=(1e-7, 0.1))
         spectra[k].set_title(f"{lead}, all", fontsize=10)
     spectra[0].set_ylabel("mV$^2$/Hz")
@@ -290,11 +309,9 @@ def draw_picture(pairs: dict[str, Pair], path: str) -> None:
     save_picture(figure, path, pixels_per_mm=3)
 
 
-def draw_sides(axes, x: np.ndarray, sides: list[np.ndarray]) -> None:
-    """Real (N, T) and synthetic (M, T): medians, and shades from quartile to quartile."""
-    for name, colour, values in zip(
-        ("real", "synthetic"), ("black", "tab:red"), sides, strict=True
-    ):
+def draw_sides(axes, x: np.ndarray, real: np.ndarray, synthetic: np.ndarray) -> None:
+    """(N, T) and (M, T): medians, and shades from quartile to quartile."""
+    for name, colour, values in (("real", "black", real), ("synthetic", "tab:red", synthetic)):
         low, middle, high = np.percentile(values, (25, 50, 75), axis=0)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(x, middle, color=colour, linewidth=1, label=name)
@@ -313,22 +330,24 @@ def run_realism(flags: argparse.Namespace) -> None:
     records = records[np.isin(records.folds, flags.fold)]
     order = np.random.default_rng(SEED).permutation(len(records))
     records = records[order[: flags.records]]
-    folds = ", ".join(map(str, flags.fold))
     rows = {name: find_class(records, name) for name in CLASSES}
-    if not any(map(len, rows.values())):
+    pairs = measure_classes(records, rows)
+    folds = ", ".join(map(str, flags.fold))
+    if not pairs:
         raise UsageError(f"{flags.data}: no record of {', '.join(CLASSES)} in fold {folds}")
-    pairs = {name: measure_class(records, rows[name], name) for name in CLASSES if len(rows[name])}
-    few = {name for name, pair in pairs.items() if len(pair.real.intervals) < MINIMUM_CASES}
-    shown = {"all": Pair(*map(join, zip(*pairs.values(), strict=True)))}
+    real = join([pair.real for pair in pairs.values()])
+    synthetic = join([pair.synthetic for pair in pairs.values()])
+    few = [name for name, pair in pairs.items() if len(pair.real.intervals) < MINIMUM_CASES]
+    shown = {"all": Pair(real, synthetic)}
     shown |= {name: pair for name, pair in pairs.items() if name not in few}
 
-    beatless = sum(map(len, rows.values())) - len(shown["all"].real.intervals)
-    print(f"{flags.data}, fold {folds}; {beatless} records without three beats are left out.")
+    beatless = sum(map(len, rows.values())) - len(real.intervals)
+    print(f"{flags.data}, fold {folds}; left out for want of three beats: {beatless} records.")
     print(f"Beside each stand {FOR_EACH} synthetic records of its class, seed {SEED}.")
     print("chance: the KS distance that two samples of one law exceed in 5 of 100 cases.")
     if few:
-        names = ", ".join(f"{name} {len(rows[name])}" for name in pairs if name in few)
-        print(f"Classes of fewer than {MINIMUM_CASES} real records count in all only: {names}.")
+        counts = ", ".join(f"{name} {len(pairs[name].real.intervals)}" for name in few)
+        print(f"Classes of fewer than {MINIMUM_CASES} real records count in all only: {counts}.")
     print_tables(shown)
     if flags.picture is not None:
         draw_picture(shown, flags.picture)
