@@ -6,7 +6,7 @@ Prints medians and Kolmogorov-Smirnov distances of intervals and amplitudes, rea
 for normal records and each infarct type, and the difference of their spectra; --picture draws
 median beats and spectra.
 
-Real are the records of fold 8, since the generator was fitted to folds 1-7: those flatter it
+Real are the records of fold 8, since the generator was fitted to folds 1-7, which may flatter it
 (--fold 1 2 3 4 5 6 7).  Folds 9 and 10 are for tests only.  Each real record stands beside four
 synthetic ones of its class, so that both sides have the same mix; four, because fewer would add
 their own chance to the distances.  Real labels do nothing but choose the class.
