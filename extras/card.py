@@ -13,7 +13,7 @@ from extras.detect import (
     describe_probe,
     operating_point,
     point_lines,
-    probe_lines,
+    rates,
     run_command,
 )
 from selfmis import load_encoder, read_checkpoint
@@ -62,9 +62,9 @@ def describe_head(content: dict) -> list[str]:
     labels = describe_data(content["head_training_data"])
     head = content.get("head_name", "?")
     lines = [f"head: {head}, {len(content['classes'])} statements; its labels: {labels}"]
-    lines += probe_lines(describe_probe(content))[1:]
+    lines += [f"warning: {warning}" for warning in describe_probe(content)["warnings"]]
     point = operating_point(content["validation"])
-    lines.append(f"verdict: {'; '.join(point_lines(point))}")
+    lines.append(f"verdict: {'; '.join([*point_lines(point), rates(content)])}")
     means = [f"{group} {format_auc(results[group])}" for group in ("nine", "six", "diagnostic")]
     lines.append(f"AUC on fold {fold}, 95 % interval: {', '.join(means)}")
     against = [f"{name} {format_auc(entry)}" for name, entry in results["any"].items()]

@@ -1,10 +1,10 @@
 """A person's own recording -> a calibrated answer, in words, as JSON or as a page.
 
-    python -m extras.detect RECORDING... --probe PROBE.pt
-    python -m extras.detect RECORDING --probe PROBE.pt --picture PAGE.png
+    python -m extras.detect RECORDING...
+    python -m extras.detect RECORDING --picture PAGE.png
     python -m extras.detect FOLDER --probe PROBE.pt --json > answers.json
 
-    detector = load_detector("probe.pt")
+    detector = load_detector()  # or load_detector("probe.pt")
     detector(ecg_mv, 512)  # {"ALMI": 0.01, ...}: probabilities of the nine types
 
 The answer is one verdict, "any infarct", and then the nine types ranked, as a description: nine
@@ -36,10 +36,9 @@ PROBE_KEYS |= {"head_training_data", "results", "warnings"}
 MINIMUM_CASES = 10  # rates and shares of fewer cases mean nothing
 PREVALENCE = 0.03  # 3.1 % of US adults have had an infarct (2023 guideline on coronary disease)
 SHARE = "probability, and times its share of the validation fold"
-DEVICES = (
-    "measured on recorders like the validation fold's; on a hand-held device our detectors called "
-    "half of the normal recordings positive"
-)
+RATES = "measured on recorders like the validation fold's"
+HANDHELD = "on a hand-held device detectors like it called half of the normal rhythms positive"
+WEIGHTS = Path(__file__).with_name("weights") / "lead_I_small.pt"  # extras/ship.py makes them
 DISCLAIMER = "research code, not a medical device: an infarct of today needs an emergency call"
 
 # ----------------------------------------------------------------------------------------------
@@ -140,8 +139,8 @@ class Detector:
         return torch.cat([self.classifier(part) for part in parts]).mean(0).numpy()
 
 
-def load_detector(path) -> Detector:
-    """The detector of a probe.pt, on the CPU."""
+def load_detector(path=WEIGHTS) -> Detector:
+    """The detector of a probe.pt, by default the one that comes with this file, on the CPU."""
     return Detector(path)
 
 
@@ -198,7 +197,13 @@ def make_answer(probabilities: dict, content: dict, point: dict) -> dict:
             "times_its_share": times if positives else None,
             "validation_positives": positives,
         }
-    return {"any_infarct": {"score": score, "positive": positive} | point, "types": types}
+    verdict = {"score": score, "positive": positive} | point | {"rates": rates(content)}
+    return {"any_infarct": verdict, "types": types}
+
+
+def rates(content: dict) -> str:
+    """On which recorders the rates of an operating point hold."""
+    return f"{RATES}; {content.get('handheld', HANDHELD)}"
 
 
 def verdict_lines(verdict: dict) -> list[str]:
@@ -207,7 +212,7 @@ def verdict_lines(verdict: dict) -> list[str]:
     numbers = f"score {verdict['score']:.3f}"
     if verdict["threshold"] is not None:
         numbers += f", positive from {verdict['threshold']:.3f}"
-    return [f"any infarct: {word} ({numbers})", *point_lines(verdict)]
+    return [f"any infarct: {word} ({numbers})", *point_lines(verdict), verdict["rates"]]
 
 
 def point_lines(point: dict) -> list[str]:
@@ -228,7 +233,7 @@ def point_lines(point: dict) -> list[str]:
         lines.append(
             f"where {where}, {point['predictive_value']:.0%} of positive answers are right"
         )
-    return [*lines, DEVICES]
+    return lines
 
 
 def type_words(entry: dict) -> str:
@@ -262,7 +267,7 @@ def describe_probe(content: dict) -> dict:
         warnings.append("trained on synthetic ECG alone: it knows no real heart")
     return {
         "trained_on": describe_data(unique),
-        "rates": DEVICES,
+        "rates": rates(content),
         "test_auc": {
             "any_infarct_against_normal": results["any"]["NORM"]["auc"],
             "mean_of_nine_types": results["nine"]["mean"],
@@ -276,7 +281,7 @@ def probe_lines(probe: dict) -> list[str]:
     """`describe_probe` in words: one line, and the warnings."""
     known = {name: auc for name, auc in probe["test_auc"].items() if auc is not None}
     auc = ", ".join(f"{name.replace('_', ' ')} {auc:.3f}" for name, auc in known.items())
-    lines = [f"probe trained on: {probe['trained_on']}; test AUC: {auc or 'not known'}"]
+    lines = [f"{probe['file']} trained on: {probe['trained_on']}; test AUC: {auc or 'not known'}"]
     return lines + [f"warning: {warning}" for warning in probe["warnings"]]
 
 
@@ -284,6 +289,7 @@ def draw_page(path, ecg: np.ndarray, rate_hz: float, title: str, entry: dict) ->
     """Up to 30 s of one lead (T,) in mV on ECG paper; below it the verdict and the types."""
     verdict, types = entry["any_infarct"], entry["types"]
     lines = verdict_lines(verdict)
+    lines += textwrap.wrap(entry["detector"], 110)
     for warning in entry["warnings"]:
         lines += textwrap.wrap(f"warning: {warning}", 110)
     width = int(10 * rate_hz)
@@ -359,8 +365,11 @@ def answer_recording(detector: Detector, probe: dict, path: Path, flags) -> dict
     entry |= make_answer(probabilities, detector.content, point)
     if flags.picture:
         title = f"{path.stem}, lead {detector.leads[0]}"
-        warnings = {"warnings": probe["warnings"] + entry["warnings"]}
-        draw_page(flags.picture, ecg[0], rate, title, entry | warnings)
+        more = {
+            "warnings": probe["warnings"] + entry["warnings"],
+            "detector": probe_lines(probe)[0],
+        }
+        draw_page(flags.picture, ecg[0], rate, title, entry | more)
         entry["picture"] = flags.picture
     return entry
 
@@ -380,7 +389,7 @@ def answer_lines(entry: dict) -> list[str]:
 def run_detect(flags: argparse.Namespace) -> int:
     """Answers each recording that can be read; 2 if one could not, else 0."""
     detector = load_detector(flags.probe)
-    probe = describe_probe(detector.content)
+    probe = {"file": flags.probe.name} | describe_probe(detector.content)
     paths = find_recordings(flags.recordings)
     if flags.picture and len(paths) > 1:
         raise UsageError(f"--picture: draws one recording, {len(paths)} were given")
@@ -426,7 +435,8 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser("python -m extras.detect", None, about, allow_abbrev=False)
     kinds = "WFDB records, .csv, .tsv, .txt or .npy files, or folders of them"
     parser.add_argument("recordings", nargs="+", type=Path, help=kinds)
-    parser.add_argument("--probe", required=True, help="probe.pt of train_probe.py")
+    own = "probe.pt of train_probe.py; default: the detector that comes with this file"
+    parser.add_argument("--probe", type=Path, default=WEIGHTS, help=own)
     add = parser.add_argument_group("what a file does not say, or says wrong").add_argument
     add("--sample-rate", type=float, metavar="HZ")
     add("--unit", choices=("V", "mV", "uV", "nV"), help="of text and .npy files; default: mV")

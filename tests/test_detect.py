@@ -35,7 +35,7 @@ from probes import (
 import extras.detect
 import selfmis
 import train_probe
-from extras.detect import load_detector, make_answer, operating_point
+from extras.detect import load_detector, make_answer, operating_point, verdict_lines
 from selfmis import LEADS, MI_TYPES, STATEMENTS, UsageError
 from train_probe import ProbeConfig
 
@@ -419,7 +419,7 @@ def test_what_the_probe_is_stands_before_the_answer(tmp_path, probes, record, ca
         out = detect(capsys, path, record)[1]
         probe = strict_json(detect(capsys, path, record, "--json")[1])["probe"]
         first, *others = out[: out.index(str(record))].strip().splitlines()
-        assert first.startswith(f"probe trained on: {probe['trained_on']}; test AUC: ")
+        assert first.startswith(f"p.pt trained on: {probe['trained_on']}; test AUC: ")
         assert words in first
         assert len(probe["warnings"]) == len(warnings) == len(others)
         for text, line, word in zip(probe["warnings"], others, warnings, strict=True):
@@ -694,12 +694,16 @@ def test_the_page_shows_the_strip_in_scale_the_verdict_and_the_types(
     assert words[1:] == [extras.detect.type_words(kind) for kind in entry["types"].values()]
     assert max(widths) <= bars.get_xlim()[1] and bars.get_xlim()[1] >= 0.5
     inside = figure.get_window_extent()
-    for text in [*bars.texts, *figure.texts, *axes.texts]:
-        assert text.get_window_extent().x1 < inside.x1
+    for shown in [*bars.texts, *figure.texts, *axes.texts]:
+        assert shown.get_window_extent().x1 < inside.x1
     assert len({bar.get_facecolor() for bar in bars.patches}) == 1
     assert not bars.lines and bars.get_legend() is None  # nothing that reads as a threshold
     (verdict,) = figure.texts
-    assert verdict.get_text().splitlines() == extras.detect.verdict_lines(entry["any_infarct"])
+    lines = verdict.get_text().splitlines()
+    words = extras.detect.verdict_lines(entry["any_infarct"])
+    assert lines[: len(words)] == words
+    # What trained the detector stands on the page that is shown around.
+    assert " ".join(lines[len(words) :]) == text.splitlines()[0]
     assert "false alarms: " in verdict.get_text()
 
 
@@ -795,6 +799,12 @@ def test_a_detector_gives_what_the_probe_predicted(trained, capsys):
     assert np.ptp(want, 0).max() > 0.01
 
 
-def test_every_verdict_says_on_which_recorders_its_rates_hold():
-    lines = extras.detect.point_lines(operating_point(usual_fold()))
-    assert lines[-1] == extras.detect.DEVICES and "hand-held" in lines[-1]
+def test_every_verdict_says_on_which_recorders_its_rates_hold(probes):
+    content = torch.load(probes["one"], weights_only=True)
+    point = operating_point(content["validation"])
+    verdict = make_answer(dict.fromkeys(MI_TYPES, 0.1), content, point)["any_infarct"]
+    last = verdict_lines(verdict)[-1]
+    assert last == f"{extras.detect.RATES}; {extras.detect.HANDHELD}"
+    measured = content | {"handheld": "of 9 rhythms 7 % are positive"}
+    verdict = make_answer(dict.fromkeys(MI_TYPES, 0.1), measured, point)["any_infarct"]
+    assert verdict_lines(verdict)[-1] == f"{extras.detect.RATES}; {measured['handheld']}"

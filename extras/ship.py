@@ -1,0 +1,70 @@
+"""Makes the detector that comes with this repository, extras/weights/lead_I_small.pt.
+
+    python -m extras.ship PTBXL --val-fold 8 --test-fold 9 --handheld FOLDER --out runs/table1
+
+Three runs of extras/baselines/table1.py, which are not repeated where they are there: a teacher of
+twelve leads with labels, an encoder of lead I by CLOCS without any, and that encoder aligned to the
+teacher through simple recorders; then a logistic head.  About an hour on two cores.  The encoder is
+kept in 16 bits.  --handheld: WFDB records of a hand-held device with the labels that
+extras/devices.py reads; how many of a normal rhythm are called positive stands in every answer.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import selfmis
+from extras import devices, evidence
+from extras.baselines import table1
+from extras.detect import WEIGHTS, run_command
+from selfmis import UsageError
+
+RUNS = ("teacher-0", "clocs-resnet-1-0", "recorders-0", "recorders-0-probe")
+
+
+def halve(content: dict) -> dict:
+    """A checkpoint whose encoder takes half the space; loading makes it float32 again."""
+    encoder = {name: value.half() for name, value in content["encoder"].items()}
+    return content | dict(encoder=encoder)
+
+
+def handheld_rate(probe: Path, folder: Path) -> str:
+    """How often a detector calls a normal rhythm on a hand-held device positive, in words."""
+    records, labels = devices.find(folder, None, 100)
+    normal = np.flatnonzero(labels == "N")
+    if not len(normal):
+        raise UsageError(f"--handheld {folder}: its REFERENCE.csv labels no record N")
+    signals = [selfmis.read_wfdb(records.name(i), ("I",)) for i in normal]
+    share = np.nanmean(devices.positives(probe, signals))
+    count = f"{len(normal):,} recordings of a normal rhythm"
+    return f"of {count} by a hand-held device {share:.0%} are positive"
+
+
+def ship(flags: argparse.Namespace) -> None:
+    plan = (*table1.FIRST, *table1.THEN)
+    runs = table1.all_runs(plan, evidence.shared_flags(flags), flags.out)
+    table1.run_missing({name: runs[name] for name in RUNS}, flags.out, jobs=1)
+    probe = flags.out / RUNS[-1] / "probe.pt"
+    content = selfmis.read_checkpoint(probe)
+    content["handheld"] = handheld_rate(probe, flags.handheld)
+    selfmis.save(WEIGHTS, halve(content))
+    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB; {content['handheld']}")
+
+
+def main(argv=None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m extras.ship", None, __doc__, allow_abbrev=False, formatter_class=layout
+    )
+    add = parser.add_argument
+    add("data", metavar="PTBXL", help="a folder")
+    add("--handheld", type=Path, required=True, metavar="FOLDER")
+    add("--out", type=Path, default=Path("runs/table1"), help="of the runs (default: runs/table1)")
+    add("--val-fold", type=int, default=9, help="default: 9")
+    add("--test-fold", type=int, default=10, help="default: 10")
+    run_command(ship, parser, argv)
+
+
+if __name__ == "__main__":
+    main()

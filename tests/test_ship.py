@@ -1,0 +1,103 @@
+"""extras/ship.py and the detector that comes with the repository.
+
+With SELFMIS_PTBXL=/path/to/ptb-xl its AUC on fold 9 is also measured.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import made_up, write_record
+from probes import write_probe
+
+import selfmis
+from extras import detect, ship
+from extras.synthetic import synthesize
+from selfmis import MI_TYPES, STATEMENTS, UsageError
+
+ROOT = os.environ.get("SELFMIS_PTBXL")
+# fmt: off
+ANSWERS = [  # to `synthesize(3, seed=0, sample_rate_hz=100)`, in the order of MI_TYPES
+    [0.0044, 0.0171, 0.0745, 0.0140, 0.1895, 0.0047, 0.0025, 0.0027, 0.0020],
+    [0.0049, 0.0029, 0.0063, 0.0071, 0.0215, 0.0006, 0.0004, 0.0052, 0.0002],
+    [0.0027, 0.0033, 0.0063, 0.0087, 0.0499, 0.0018, 0.0006, 0.0015, 0.0006],
+]
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return detect.load_detector()
+
+
+def test_it_fits_into_the_repository_and_says_what_it_has_seen(shipped):
+    assert detect.WEIGHTS.stat().st_size < 9e6
+    content = shipped.content
+    assert {value.dtype for value in content["encoder"].values()} == {torch.float16}
+    assert {p.dtype for p in shipped.classifier.parameters()} == {torch.float32}
+    folds = {entry["use"]: entry["folds"] for entry in content["head_training_data"]}
+    assert folds == {"training": [1, 2, 3, 4, 5, 6, 7], "validation": [8]}
+    assert content["config"]["test_fold"] == 9
+    assert "hand-held" in content["handheld"]
+    # No folder of the machine that made it.
+    assert not [v for v in content["config"].values() if "/" == str(v)[:1]]
+    assert content["config"]["data"] == ["ptb-xl"]
+
+
+def test_its_answers_are_those_it_had_when_it_was_made(shipped):
+    ecg, _ = synthesize(3, seed=0, sample_rate_hz=100)
+    found = np.stack(list(shipped(ecg[:, :1], 100).values()), 1)  # (3, 9)
+    np.testing.assert_allclose(found, ANSWERS, atol=1e-3)
+
+
+def test_detect_without_a_probe_answers_by_it_and_says_so(tmp_path, capsys):
+    write_record(tmp_path / "a", made_up(1)[0][0, :1], ("I",))
+    detect.main([str(tmp_path / "a.hea")])
+    out = capsys.readouterr().out
+    assert out.startswith("lead_I_small.pt trained on: ptb-xl, ")
+    assert detect.load_detector().content["handheld"] in out
+
+
+@pytest.mark.skipif(not ROOT, reason="SELFMIS_PTBXL names no PTB-XL root")
+def test_its_auc_on_the_test_fold_is_the_one_it_tells(shipped):
+    records = selfmis.find_records(ROOT, sample_rate_hz=100)
+    records = records[(records.folds == 9) & records.labels.any(1)]
+    signals = np.stack([records.read(i, ("I",), 100) for i in range(len(records))])
+    found = shipped(signals, 100)
+    told = shipped.content["results"]["types"]
+    for t in ("ALMI", "AMI", "ASMI", "ILMI", "IMI", "LMI"):
+        labels = records.labels[:, STATEMENTS.index(t)]
+        if labels.sum() == told[t]["positives"]:
+            assert selfmis.roc_auc(labels, found[t]) == pytest.approx(told[t]["auc"], abs=2e-3)
+
+
+def test_half_the_space_the_same_answers(tmp_path):
+    probe = write_probe(tmp_path / "probe.pt")
+    selfmis.save(tmp_path / "half.pt", ship.halve(selfmis.read_checkpoint(probe)))
+    x = made_up(4)[0][:, :1]
+    whole, half = (detect.load_detector(path)(x, 100) for path in (probe, tmp_path / "half.pt"))
+    for t in MI_TYPES:
+        np.testing.assert_allclose(half[t], whole[t], atol=5e-3)
+    assert any((half[t] != whole[t]).any() for t in MI_TYPES)
+
+
+def test_what_it_does_on_a_hand_held_device_is_counted_among_normal_records(tmp_path):
+    x, _ = made_up(12)
+    lines = []
+    for i in range(12):
+        write_record(tmp_path / f"R{i:02}", x[i, :1], ("I",))
+        lines.append(f"R{i:02},{'AN'[i % 2]}")
+    (tmp_path / "REFERENCE.csv").write_text("\n".join(lines))
+    probe = write_probe(tmp_path / "probe.pt")
+    detector = detect.load_detector(probe)
+    point = detect.operating_point(detector.content["validation"])
+    scores = [1 - np.prod([1 - p for p in detector(x[i, :1], 100).values()]) for i in range(12)]
+    positive = np.mean(np.array(scores)[1::2] >= point["threshold"])
+    rhythms = "6 recordings of a normal rhythm"
+    sentence = f"of {rhythms} by a hand-held device {positive:.0%} are positive"
+    assert ship.handheld_rate(probe, tmp_path) == sentence
+    write_record(tmp_path / "other/R00", x[0, :1], ("I",))
+    (tmp_path / "other/REFERENCE.csv").write_text("R00,A\n")
+    with pytest.raises(UsageError, match="labels no record N"):
+        ship.handheld_rate(probe, tmp_path / "other")
