@@ -2,6 +2,7 @@
 
     python -m extras.devices rhythm FOLDER --encoder aligned=runs/aligned/best.pt --encoder random
     python -m extras.devices alarms FOLDER --probe aligned=runs/aligned-probe/probe.pt
+    python -m extras.devices band PTBXL --fold 8 --probe aligned=runs/aligned-probe/probe.pt
     python -m extras.devices retrieval FOLDER --encoder runs/a/best.pt --teacher runs/t/best.pt
 
 FOLDER holds WFDB records and, beside them, REFERENCE.csv or QUALITY.csv: a name and a label in each
@@ -15,6 +16,7 @@ rhythm:    a linear head on the frozen encoder tells A from N, in five parts of 
 alarms:    how often a detector calls "any infarct" at its own threshold, by label, and how often
            detect would warn; below that how often in the groups of its own validation fold.  N is
            a normal rhythm, not a healthy heart: the group without infarct compares best.
+band:      how often, of a fold of PTB-XL, behind a filter or under noise that a device may have.
 retrieval: how often, among 200 records, lead I of one is nearest to its own twelve leads.
 """
 
@@ -28,10 +30,11 @@ import torch
 
 import selfmis
 import train_probe
-from extras.detect import load_detector, make_answer, operating_point, run_command
+from extras.detect import Detector, load_detector, make_answer, operating_point, run_command
 from extras.evidence import print_table
+from extras.recorders import high_pass, low_pass
 from extras.recordings import check_recording, fill_gaps
-from selfmis import LEADS, Records, ResNet1D, UsageError
+from selfmis import LEADS, MI_TYPES, STATEMENTS, Records, ResNet1D, UsageError
 
 PARTS = 5
 AMONG = 200  # records that retrieval compares, so that collections of any size compare
@@ -231,6 +234,70 @@ def share(values: np.ndarray) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
+# Band
+# --------------------------------------------------------------------------------------------------
+
+
+def disturbances(T: int, rate_hz: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{name: (response, noise)}: by the first a spectrum is multiplied, the second is added.
+
+    Both (T // 2 + 1,); noise is what has the deviation of the record before it is drawn at random.
+    """
+    hz = torch.fft.rfftfreq(T, 1 / rate_hz)
+    same, none = torch.ones_like(hz), torch.zeros_like(hz)
+    table = {"as it is": (same, none)}
+    for cutoff in (0.5, 1):
+        table[f"high-pass, {cutoff} Hz"] = high_pass(hz, torch.tensor(cutoff)), none
+    for cutoff in (30, 20, 15):
+        table[f"low-pass, {cutoff} Hz"] = low_pass(hz, torch.tensor(cutoff)), none
+    table["upside down"] = -same, none
+    table["noise, 5 to 40 Hz, a fifth"] = same, 0.2 * in_band(hz, 5, 40)
+    table["wander, 0.2 to 1.5 Hz, as much"] = same, in_band(hz, 0.2, 1.5)
+    return table
+
+
+def in_band(hz: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """(T // 2 + 1,) -> amplitudes that turn white noise of deviation 1 into such noise."""
+    inside = ((hz >= low) & (hz <= high)).float()
+    return inside / inside.mean().sqrt()
+
+
+def disturb(ecg: np.ndarray, response: torch.Tensor, noise: torch.Tensor, draw) -> np.ndarray:
+    """(1, T) mV -> (1, T) mV."""
+    x = torch.from_numpy(ecg)
+    white = torch.randn(x.shape, generator=draw, dtype=x.dtype)
+    spectrum = response * torch.fft.rfft(x) + x.std() * noise * torch.fft.rfft(white)
+    return torch.fft.irfft(spectrum, n=x.shape[1]).numpy()
+
+
+def print_band(flags: argparse.Namespace) -> None:
+    records, _ = find(flags.folder, flags.fold, 100)
+    infarct = records.labels[:, [STATEMENTS.index(t) for t in MI_TYPES]].any(1)
+    normal = (records.labels[:, STATEMENTS.index("NORM")] > 0) & ~infarct
+    ecgs = read_all(flags.folder, flags.fold, ("I",), 100)
+    lines = [["detector", "recordings", "normal, positive", "infarct, positive"]]
+    for row, (path, *_) in map(named, flags.probe):
+        detector = load_detector(path)
+        threshold = operating_point(detector.content["validation"])["threshold"]
+        for name, parts in disturbances(ecgs[0].shape[1], 100).items():
+            draw = torch.Generator().manual_seed(0)
+            scores = any_infarct(detector, [disturb(ecg, *parts, draw) for ecg in ecgs])
+            shares = [share(scores[group] >= threshold) for group in (normal, infarct)]
+            lines.append([row, name, *shares])
+    counts = f"{normal.sum():,} normal records and {infarct.sum():,} infarcts"
+    print_table(f'Called "any infarct" of {counts} of fold {flags.fold}', lines)
+
+
+@torch.no_grad()
+def any_infarct(detector: Detector, ecgs: list[np.ndarray]) -> np.ndarray:
+    """Recordings of ten seconds (1, T) in mV at the detector's rate -> scores (N,)."""
+    options = dict(sample_rate_hz=detector.sample_rate_hz, **detector.preprocessing)
+    signals = torch.from_numpy(np.stack([selfmis.preprocess(ecg, **options) for ecg in ecgs]))
+    p = torch.cat([detector.classifier(part) for part in signals.split(256)])  # (N, 9)
+    return (1 - (1 - p).prod(1)).numpy()
+
+
+# --------------------------------------------------------------------------------------------------
 # Retrieval
 # --------------------------------------------------------------------------------------------------
 
@@ -258,11 +325,13 @@ def print_retrieval(flags: argparse.Namespace) -> None:
 
 
 def run_devices(flags: argparse.Namespace) -> None:
-    needed = dict(rhythm=["encoder"], alarms=["probe"], retrieval=["encoder", "teacher"])
+    needed = dict(rhythm=["encoder"], alarms=["probe"], band=["probe"])
+    needed |= dict(retrieval=["encoder", "teacher"])
     for name in needed[flags.part]:
         if not getattr(flags, name):
             raise UsageError(f"{flags.part} needs --{name}")
-    parts = dict(rhythm=print_rhythm, alarms=print_alarms, retrieval=print_retrieval)
+    parts = dict(rhythm=print_rhythm, alarms=print_alarms, band=print_band)
+    parts |= dict(retrieval=print_retrieval)
     parts[flags.part](flags)
 
 
@@ -272,7 +341,7 @@ def main(argv=None) -> None:
         "python -m extras.devices", None, __doc__, allow_abbrev=False, formatter_class=layout
     )
     add = parser.add_argument
-    add("part", choices=("rhythm", "alarms", "retrieval"))
+    add("part", choices=("rhythm", "alarms", "band", "retrieval"))
     add("folder", type=Path, help="of WFDB records")
     add(
         "--encoder",
@@ -283,7 +352,7 @@ def main(argv=None) -> None:
     )
     add("--probe", action="append", default=[], metavar="[NAME=]PROBE.pt", help="likewise")
     add("--teacher", metavar="PATH", help="the encoder of twelve leads")
-    add("--fold", type=int, help="of PTB-XL, for retrieval")
+    add("--fold", type=int, help="of PTB-XL, for band and retrieval")
     run_command(run_devices, parser, argv)
 
 

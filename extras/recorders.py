@@ -4,10 +4,11 @@
 
 What a person holds in two hands passes less than a hospital's machine: capacitors at its inputs
 are a causal high-pass of up to a hertz, which bends the ST segment and the T wave; it passes little
-above 20 to 40 Hz, which rounds the QRS complex; and hands are swapped, which turns it upside down.
-To a detector that has never seen this, all three look like infarcts (RESULTS.md, "Other devices");
-noise and wander do not.  So here every record passes another random recorder in every epoch
-(`record_simply`), while the teacher sees it as it is.  All flags are train_pretrain.py's.
+above 20 to 40 Hz, which rounds the QRS complex; hands move, which lets the baseline wander, or are
+swapped, which turns it upside down.  To a detector that has never seen this, all four look like
+infarcts (RESULTS.md, "Other devices"); muscle noise does not.  So here every record passes another
+random recorder in every epoch (`record_simply`), while the teacher sees it as it is.  All flags are
+train_pretrain.py's.
 """
 
 import dataclasses
@@ -38,10 +39,10 @@ class RecorderTraining(Training):
 
 
 def record_simply(x: torch.Tensor, sample_rate_hz: float, draw: torch.Generator) -> torch.Tensor:
-    """(B, L, T) -> (B, L, T), each record through a recorder of its own.
+    """Scored records (B, L, T) -> (B, L, T), each through a recorder of its own.
 
-    Three in four have a high-pass of one pole, one in four another one, one in two a low-pass; one
-    in four is held with swapped hands.
+    One in two wanders, by up to its own deviation.  Three in four have a high-pass of one pole, one
+    in four another one, one in two a low-pass; one in four is held with swapped hands.
     """
     B, _, T = x.shape
 
@@ -52,6 +53,12 @@ def record_simply(x: torch.Tensor, sample_rate_hz: float, draw: torch.Generator)
         return torch.where(is_met, exponent.exp(), harmless)
 
     frequency_hz = torch.fft.rfftfreq(T, 1 / sample_rate_hz)  # (T // 2 + 1,)
+    drift = low_pass(frequency_hz, cutoff_hz(0.2, 1.5, 1, harmless=math.nan))
+    wander = torch.fft.irfft(torch.fft.rfft(torch.randn(x.shape, generator=draw)) * drift, n=T)
+    wander = wander / wander.std(2, keepdim=True)
+    size = torch.rand(B, 1, 1, generator=draw) * (torch.rand(B, 1, 1, generator=draw) < 0.5)
+    x = x + (size * wander).to(x)
+
     response = high_pass(frequency_hz, cutoff_hz(0.05, 1, 0.75, harmless=1e-3))
     response = response * high_pass(frequency_hz, cutoff_hz(0.05, 0.5, 0.25, harmless=1e-3))
     response = response * low_pass(frequency_hz, cutoff_hz(10, 45, 0.5, harmless=math.inf))

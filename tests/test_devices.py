@@ -97,6 +97,49 @@ def test_alarms_are_those_of_the_detector_by_label_and_direction(
     assert share == f"{(without >= threshold).double().mean():.1%}"
 
 
+def test_what_a_device_may_do_to_a_record():
+    x = made_up(1)[0][0, :1]  # (1, 1000)
+    t = np.arange(1000) / 100
+    one_hz = np.sin(2 * np.pi * t)[None]
+    seven_hz = np.sin(2 * np.pi * 7 * t)[None]
+    found = {
+        name: [
+            devices.disturb(ecg, *parts, torch.Generator().manual_seed(0)) for ecg in (x, one_hz)
+        ]
+        for name, parts in devices.disturbances(1000, 100).items()
+    }
+    np.testing.assert_allclose(found["as it is"][0], x, atol=1e-6)
+    np.testing.assert_allclose(found["upside down"][0], -x, atol=1e-6)
+    # At its cut-off a pole lets 1 / sqrt(2) pass, an eighth of a period early.
+    ahead = np.sin(2 * np.pi * t + np.pi / 4)[None] / np.sqrt(2)
+    np.testing.assert_allclose(found["high-pass, 1 Hz"][1], ahead, atol=1e-6)
+    np.testing.assert_allclose(found["low-pass, 15 Hz"][1], one_hz, atol=1e-4)
+    for name, size in (("noise, 5 to 40 Hz, a fifth", 0.2), ("wander, 0.2 to 1.5 Hz, as much", 1)):
+        added = found[name][0] - x
+        assert added.std() / x.std() == pytest.approx(size, rel=0.3)
+        assert abs((added * seven_hz).mean()) < 0.1 * x.std()
+
+
+def test_alarms_of_a_fold_behind_filters(ptbxl, tmp_path, capsys):
+    probe = write_probe(tmp_path / "probe.pt")
+    devices.main(["band", str(ptbxl), "--fold", "9", "--probe", f"ours={probe}"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]
+    detector = devices.load_detector(probe)
+    records = selfmis.find_records(str(ptbxl), sample_rate_hz=100)
+    records = records[records.folds == 9]
+    threshold = devices.operating_point(detector.content["validation"])["threshold"]
+    for line, sign in ((lines[0], 1), (lines[6], -1)):
+        scores = []
+        for i in range(len(records)):
+            p = detector(sign * records.read(i, ("I",), 100), 100)
+            scores.append(1 - np.prod([1 - value for value in p.values()]))
+        mi = [selfmis.STATEMENTS.index(t) for t in selfmis.MI_TYPES]
+        infarct = records.labels[:, mi].any(1)
+        share = np.mean(np.array(scores)[infarct] >= threshold)
+        assert line.split("|")[4].strip() == f"{share:.1%}"
+    assert "upside down" in lines[6]
+
+
 def test_retrieval_among_equally_many(tmp_path, ptbxl, tiny, monkeypatch, capsys):
     monkeypatch.setattr(devices, "AMONG", 4)
     same = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
@@ -112,6 +155,7 @@ def test_retrieval_among_equally_many(tmp_path, ptbxl, tiny, monkeypatch, capsys
 def test_what_is_missing_is_said(device, capsys):
     for arguments, sentence in (
         (["rhythm", str(device)], "rhythm needs --encoder"),
+        (["band", str(device)], "band needs --probe"),
         (["retrieval", str(device), "--encoder", "a.pt"], "retrieval needs --teacher"),
     ):
         with pytest.raises(SystemExit):

@@ -38,7 +38,8 @@ def test_low_pass_is_butterworth_s_forth_and_back():
 
 
 def test_every_record_passes_a_recorder_of_its_own_and_keeps_its_place_in_time():
-    x = torch.from_numpy(np.repeat(made_up(1)[0][:1, :1, ::5], 64, 0)).float()  # (64, 1, 1000)
+    scored = selfmis.preprocess(made_up(1)[0][0, :1], sample_rate_hz=RATE_HZ)
+    x = torch.from_numpy(scored).expand(64, 1, 1000)
     one = recorders.record_simply(x, RATE_HZ, generator(0, 0))
     again = recorders.record_simply(x, RATE_HZ, generator(0, 0))
     other = recorders.record_simply(x, RATE_HZ, generator(0, 1))
@@ -46,12 +47,12 @@ def test_every_record_passes_a_recorder_of_its_own_and_keeps_its_place_in_time()
     is_swapped = (one * x).sum((1, 2)) < 0
     assert 6 <= is_swapped.sum() <= 26  # a quarter of 64
     one[is_swapped] *= -1
-    errors = (one - x + x.mean()).square().mean((1, 2)) / x.var()
-    assert (errors < 1e-3).any() and (errors > 0.02).any()  # some are spared, some are not
+    errors = (one - x).square().mean((1, 2))
+    assert (errors < 1e-2).any() and 0.5 < errors.max() < 2  # some are spared, some are not
     assert len(torch.unique(errors.round(decimals=7))) > 32
     # R peaks stay where they are: a shift would be a task of its own.
     peak = int(x[0, 0, 20:980].argmax()) + 20
-    near = one[:, 0, peak - 20 : peak + 21].argmax(1) - 20
+    near = one[:, 0, peak - 10 : peak + 11].argmax(1) - 10
     assert near.abs().max() <= 1
 
 
