@@ -1,7 +1,7 @@
 """The methods of extras/baselines and their settings, by the names of their files."""
 
 from extras.baselines import clocs, heartlang, simclr, st_mem, three_kg, w2v_cmsc, wav2vec2
-from extras.baselines import cyclegan, ekgan, mcma, pix2pix
+from extras.baselines import cyclegan, ekgan, mcma, pix2pix, synthetic_pretraining
 
 METHODS = {
     "simclr": (simclr.SimCLR, simclr.SimCLRConfig),
@@ -11,6 +11,10 @@ METHODS = {
     "w2v_cmsc": (w2v_cmsc.W2VCMSC, w2v_cmsc.W2VCMSCConfig),
     "st_mem": (st_mem.STMEM, st_mem.STMEMConfig),
     "heartlang": (heartlang.HeartLang, heartlang.HeartLangConfig),
+    "synthetic_pretraining": (
+        synthetic_pretraining.SyntheticPretraining,
+        synthetic_pretraining.SyntheticPretrainingConfig,
+    ),
 }
 GENERATIVE = {
     "pix2pix": (pix2pix.Pix2Pix, pix2pix.Pix2PixConfig),

@@ -2,7 +2,8 @@
 
 A baseline is a `Method`: it makes its views of a batch of twelve-lead records, embeds them and
 returns its loss.  All else is train_pretrain.py's: the same cache, steps, losses that must stay
-finite, progress lines and --resume.  Labels are never looked at.
+finite, progress lines and --resume.  Labels are handed to a method only if it says that it uses
+them, and its checkpoint then says so too.
 
 The budget of `--size small` is the one of all methods of the benchmark: 100 Hz, 8 epochs in
 batches of 128 (under torchrun of each process: give --batch-size), AdamW, weight decay 0.01, 50
@@ -95,6 +96,7 @@ class Method(nn.Module):
     betas: ClassVar[tuple[float, float]] = (0.9, 0.98)
     normalize: ClassVar[str] = "zscore"  # of what the encoder sees
     progress: float = 0.0  # share of the training that is done, for what changes in its course
+    uses_labels: bool = False  # True: `forward` gets those of the batch, (B, 44) of 0 and 1, last
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__()
@@ -209,7 +211,14 @@ class BaselineTraining(Training):
         self.model.progress = (self.epoch + self.step / self.steps) / config.epochs
         key = (config.seed, self.epoch, self.step, ranks.rank)
         torch.manual_seed(generator(*key, 1).initial_seed())  # dropout takes no generator
-        return self.learner.forward(signals, self.patients(rows), generator(*key))[0]
+        return self.learner.forward(*self.inputs(rows, signals, generator(*key)))[0]
+
+    def inputs(self, rows: np.ndarray, signals: torch.Tensor, draw: torch.Generator) -> list:
+        """What the method's `forward` gets for these records."""
+        inputs = [signals, self.patients(rows), draw]
+        if self.model.uses_labels:
+            inputs.append(self.pairs.on_device(self.pairs.dataset.records.labels[rows]))
+        return inputs
 
     def patients(self, rows: np.ndarray) -> torch.Tensor:
         """(B,) int64, different for patients of different collections."""
@@ -283,6 +292,7 @@ def prepare(method, config, ranks, out, spec, pairs, train_rows, val_rows) -> Ba
     train_rows, val_rows = train_pretrain.usable_rows(pairs, train_rows, val_rows, config, ranks)
     method.to(ranks.device)
     records = pairs.dataset.records
+    seen = selfmis.training_data(records[train_rows], records[:0], labels=method.uses_labels)
     return BaselineTraining(
         config=config,
         ranks=ranks,
@@ -293,7 +303,7 @@ def prepare(method, config, ranks, out, spec, pairs, train_rows, val_rows) -> Ba
         val_rows=val_rows,
         model=method,
         learner=selfmis.Learner(method, make_optimizer(method, config), config, ranks),
-        training_data=selfmis.training_data(records[train_rows], records[:0], labels=False),
+        training_data=seen,
         val_targets=torch.empty(0),
         teacher_digest="",
     )
@@ -310,11 +320,12 @@ def describe(run: BaselineTraining) -> dict:
     """Say what is going to happen, and return it for config.json."""
     config, ranks = run.config, run.ranks
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    labels = "their labels are used" if run.model.uses_labels else "no label is used"
     ranks.print(
         f"{type(run.model).__name__}: {parameters:,} parameters on {config.leads} lead(s), "
         f"{run.spec.sample_rate_hz:g} Hz, with {ranks.world_size} process(es) on "
         f"{ranks.device.type}, amp {run.learner.amp}\n{len(run.train_rows):,} records, "
-        f"{run.steps:,} steps an epoch; {len(run.val_rows):,} validate; no label is used"
+        f"{run.steps:,} steps an epoch; {len(run.val_rows):,} validate; {labels}"
     )
     if run.model.legend():
         ranks.print(run.model.legend())
@@ -343,7 +354,7 @@ def validate(run: BaselineTraining) -> dict:
         zip(batches, run.pairs.batches(batches), strict=True)
     ):
         draw = generator(0, 0, step, ranks.rank)
-        loss, numbers = run.model(signals, run.patients(rows), draw)
+        loss, numbers = run.model(*run.inputs(rows, signals, draw))
         values.append({"val_loss": float(loss)} | {k: float(v) for k, v in numbers.items()})
     run.model.train()
     everybody = [value for part in ranks.gather_objects(values) for value in part]

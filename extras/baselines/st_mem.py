@@ -195,10 +195,10 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def time_code(width: int) -> torch.Tensor:
-    """(32, D): sines and cosines of 30 places between two rows of zeros, for the separators."""
+def time_code(width: int, places: int = PATCHES) -> torch.Tensor:
+    """(places + 2, D): sines and cosines of places between two rows of zeros, for separators."""
     rates = 10_000 ** -(torch.arange(width // 2) / (width // 2))
-    angles = torch.arange(PATCHES)[:, None] * rates  # (30, D / 2)
+    angles = torch.arange(places)[:, None] * rates  # (places, D / 2)
     return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, 0, 1, 1))
 
 
