@@ -112,6 +112,18 @@ def tiny(tmp_path_factory):
     return paths
 
 
+def spy(monkeypatch, owner, name):
+    """A list that gets (arguments, result) of each call of owner.name."""
+    function, calls = getattr(owner, name), []
+
+    def spied(*arguments):
+        calls.append((arguments, function(*arguments)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(owner, name, spied)
+    return calls
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 

@@ -241,7 +241,7 @@ def test_the_budget_follows_from_the_size_and_flags_go_before_it():
     assert common.with_budget(clocs.ClocsConfig(size="small", lr=1.0), clocs.CLOCS).lr == 1.0
 
 
-@pytest.mark.parametrize("name", ["w2v_cmsc", "heartlang"])
+@pytest.mark.parametrize("name", ["w2v_cmsc", "heartlang", "synthetic_pretraining"])
 def test_two_processes_train_together(tmp_path, ptbxl, name):
     config = settings(tmp_path, ptbxl, METHODS[name][1], epochs=1, leads=1)
     if name == "heartlang":

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import spy
 
 from extras.baselines import st_mem, w2v_cmsc, wav2vec2
 from extras.baselines.common import INDEPENDENT, generator, random_segment, zscore
@@ -28,18 +29,6 @@ def make(kind, device="cpu", **settings):
     torch.manual_seed(0)
     with torch.device(device):
         return kind(CONFIGS[kind](**dict(size="small") | settings)).eval()
-
-
-def spy(monkeypatch, owner, name):
-    """A list that gets (arguments, result) of each call of owner.name."""
-    function, calls = getattr(owner, name), []
-
-    def spied(*arguments):
-        calls.append((arguments, function(*arguments)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(owner, name, spied)
-    return calls
 
 
 @pytest.mark.parametrize("size", [None, "small"])

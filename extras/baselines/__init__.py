@@ -16,6 +16,6 @@ in the same way, and generated.py writes and scores what they make.
 Beside them synthetic_pretraining, the second half of arXiv 2506.23259: pre-training on synthetic
 records, with their labels or without, for fine-tuning on few real ones.
 
-common.py holds what all share, losses.py, transformer.py and gan.py what several do; table1.py, table2.py
-and synthetic_table.py run everything and print the tables.
+common.py holds what all share, losses.py, transformer.py and gan.py what several do; table1.py,
+table2.py and synthetic_table.py run everything and print the tables.
 """

@@ -11,8 +11,9 @@ so that no lead gives another away.  With a = --alpha the loss is
 
     a * squared error of the masked patches + (1 - a) * cross-entropy of the 44 statements,
 
-both from the same masked input: 1 is masked autoencoding, for which no label is read, 0 supervision
-alone, the control that tells whether filling holes does anything.  Real records do too, in place of
+both from the same masked input, a mean over samples and a sum over statements: so the two pull
+about equally at 0.5.  1 is masked autoencoding, for which no label is read, 0 supervision alone,
+the control that tells whether filling holes does anything.  Real records do too, in place of
 synthetic ones; those without a statement count in the first term only.
 
 To a probe nothing is masked, and the embedding is the mean of the tokens.  --untrained writes a
@@ -95,10 +96,20 @@ class PatchRecurrent(PatchEncoder):
 
     def __init__(self, leads: int, *, cell: str, width: int = 256, layers: int = 2) -> None:
         super().__init__(leads, 2 * width, width=width, cell=cell, layers=layers)
+        self.norm = nn.LayerNorm(width)
         self.recurrent = CELLS[cell](width, width, layers, batch_first=True, bidirectional=True)
+        # Without norm and with torch's small weights statements stay at chance for 500 steps.
+        for name, parameter in self.recurrent.named_parameters():
+            for gate in parameter.data.split(width):
+                if "weight_hh" in name:
+                    nn.init.orthogonal_(gate)
+                elif "weight_ih" in name:
+                    nn.init.xavier_uniform_(gate)
+                else:
+                    nn.init.zeros_(gate)
 
     def contextualise(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.recurrent(tokens)[0]
+        return self.recurrent(self.norm(tokens))[0]
 
     def train(self, mode: bool = True) -> "PatchRecurrent":
         """Without dropout both modes compute the same, but in eval mode cuDNN has no gradient."""
@@ -185,7 +196,10 @@ class SyntheticPretraining(Method):
         return loss, numbers
 
     def classification(self, embedding: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the records that have a label: (B, D), (B, 44) -> a scalar."""
+        """Cross-entropy of the records that have a label: (B, D), (B, 44) -> a scalar.
+
+        A sum over statements: gradients of their mean would be as small as AdamW's eps.
+        """
         is_labelled = labels.any(1)
         if not is_labelled.any():
             raise UsageError(
@@ -193,7 +207,8 @@ class SyntheticPretraining(Method):
                 "synthetic:N as --data, or --alpha 1"
             )
         logits = self.classify(embedding).float()  # (B, 44)
-        return F.binary_cross_entropy_with_logits(logits[is_labelled], labels[is_labelled])
+        errors = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
+        return errors[is_labelled].mean()
 
     def legend(self) -> str:
         if self.config.alpha == 0:
@@ -224,6 +239,9 @@ def save_untrained(config: SyntheticPretrainingConfig) -> None:
     config = common.with_budget(config, SyntheticPretraining)
     ranks = selfmis.join_ranks(config.device, config.seed)
     out = selfmis.open_run(config)
+    if config.resume and (out / "best.pt").exists():
+        ranks.print(f"{out}: finished already")
+        return
     spec = common.input_spec(config, SyntheticPretraining.normalize)
     selfmis.begin_run(out, config, dict(input=spec._asdict()), ranks)
     if ranks.is_main:

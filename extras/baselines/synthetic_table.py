@@ -1,0 +1,202 @@
+"""Does pre-training on synthetic ECG help where labels are few?  Table and curves on lead I.
+
+    python -m extras.baselines.synthetic_table PTBXL --val-fold 8 --test-fold 9 --out runs/synthetic
+    python -m extras.baselines.synthetic_table PTBXL --val-fold 8 --test-fold 9 --tables
+
+Networks of synthetic_pretraining.py start from random weights or from one pre-training each (seed
+0), and are fine-tuned on shares of PTB-XL's labels by train_probe.py --finetune.  A seed draws
+share, order and head; shares of one seed lie in each other, and all starts see the same.  Small
+shares come first; what was cut off goes on, what is finished stays.  --networks, --shares and
+--seeds leave some out: all of it is a day on two cores.  Draws OUT/synthetic.png.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import train_probe
+from extras import evidence
+from extras.baselines.table1 import add_flags, run_missing
+from extras.detect import run_command
+from extras.evidence import shared_flags
+from selfmis import import_optional
+
+NETWORKS = ("transformer", "gru", "resnet")
+SHARES = (0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+FEW = 0.1  # shares below this have --seeds runs each, the others one
+SYNTHETIC = ["--data", "synthetic:15000"]
+RECORDS = 15_000  # about, of folds 1 to 7, whose labels are shared out
+PRETRAINING_STEPS = 8 * (12_000 // 128)  # of the synthetic records every tenth validates, or tests
+
+# What the table calls each start, and the flags that make its weights.
+SCRATCH, LONGER = "from scratch", "from scratch, as many steps in all"
+STARTS = {
+    "scratch": (SCRATCH, "--untrained --alpha 0"),
+    "longer": (LONGER, ""),  # begins where scratch does
+    "holes": ("synthetic, holes (a = 1)", "--alpha 1"),
+    "joint": ("synthetic, both (a = 0.5)", "--alpha 0.5"),
+    "labels": ("synthetic, labels (a = 0)", "--alpha 0"),
+    "real": ("real without labels, holes (a = 1)", "--alpha 1"),
+}
+
+# --------------------------------------------------------------------------------------------------
+# The runs
+# --------------------------------------------------------------------------------------------------
+
+
+def starts_of(network: str) -> tuple[str, ...]:
+    """The ResNet has no tokens to mask."""
+    return ("scratch", "labels") if network == "resnet" else tuple(STARTS)
+
+
+def pretraining_runs(networks: list[str], shared: list[str], out: Path) -> dict[str, list[str]]:
+    """{run: script and flags}."""
+    runs = {}
+    for network in networks:
+        for start in starts_of(network):
+            if start == "longer":
+                continue
+            data = shared if start == "real" else SYNTHETIC
+            flags = f"--network {network} {STARTS[start][1]} --amp bf16".split()
+            run = f"{network}-{start}"
+            script = "extras.baselines.synthetic_pretraining"
+            runs[run] = [script, *data, *flags, "--out", str(out / run)]
+    return runs
+
+
+def finetuning_runs(
+    networks: list[str], shares: list[float], seeds: int, shared: list[str], out: Path
+) -> dict[str, list[str]]:
+    """{run: script and flags}, the smallest share first."""
+    runs = {}
+    for share in shares:
+        for network in networks:
+            for start in starts_of(network):
+                weights = "scratch" if start == "longer" else start
+                encoder = out / f"{network}-{weights}" / "best.pt"
+                flags = ["--finetune", "--encoder", str(encoder), "--fractions", f"{share:g}"]
+                flags += schedule(share, start)
+                for seed, run in enumerate(names(network, start, share, seeds)):
+                    own = ["--seed", str(seed), "--out", str(out / run)]
+                    runs[run] = ["train_probe.py", *shared, *flags, *own]
+    return runs
+
+
+def names(network: str, start: str, share: float, seeds: int) -> list[str]:
+    """The runs of a row of the table."""
+    return evidence.with_seeds(f"{network}-{start}-{share:g}-#", seeds if share < FEW else 1)
+
+
+def schedule(share: float, start: str) -> list[str]:
+    """20 epochs or 400 steps, whichever is more; for `longer` those of pre-training on top.
+
+    Patience is a quarter of the epochs.
+    """
+    batch = 16 if share < FEW else 64  # 64 records of the smallest share: two steps an epoch
+    steps = int(share * RECORDS) // batch  # of an epoch
+    epochs = max(20, math.ceil(400 / steps))
+    if start == "longer":
+        epochs += math.ceil(PRETRAINING_STEPS / steps)
+    return f"--batch-size {batch} --epochs {epochs} --patience {epochs // 4} --amp bf16".split()
+
+
+# --------------------------------------------------------------------------------------------------
+# The table and the picture
+# --------------------------------------------------------------------------------------------------
+
+
+def against_normal(out: Path, runs: list[str]) -> str:
+    """AUC of any infarct against the normal records, mean over those runs that are there."""
+    logits = []
+    for run in runs:
+        if (out / run / "predictions.npz").exists():
+            test, heads = train_probe.read_predictions(out / run)
+            logits += list(heads["finetune"])
+    entry = train_probe.any_infarct(logits, test["labels"], test["patient"])["NORM"]
+    return train_probe.format_cell(entry, "auc", "{:.3f}")
+
+
+def print_network(out: Path, network: str, shares: list[float], seeds: int) -> dict[str, list]:
+    """The table of what is there; {start: [(number of labelled records, 44-mean)]}."""
+    lines = [["labelled records", "start", "seeds", "six", "MI against NORM", "44"]]
+    lines[0] += ["six minus scratch", "44 minus scratch"]
+    curves = {}
+    for share in shares:
+        scratch = evidence.scores(out, tuple(names(network, "scratch", share, seeds)), "finetune")
+        for start in starts_of(network):
+            runs = names(network, start, share, seeds)
+            own = evidence.scores(out, tuple(runs), "finetune")
+            if own is None:
+                continue
+            title, _ = STARTS[start]
+            other = None if start == "scratch" else scratch
+            count = labelled_records(out, runs)
+            line = [f"{count:,}", title, len(own.sixes), own.cell("six")]
+            line += [against_normal(out, runs), own.cell("diagnostic")]
+            line += [evidence.difference(own, other, group) for group in ("six", "diagnostic")]
+            lines.append(line)
+            mean = train_probe.group_means(own.auc)["diagnostic"]
+            curves.setdefault(title, []).append((count, mean))
+    if curves:
+        evidence.print_table(f"Synthetic pre-training, {network}", lines)
+    return curves
+
+
+def labelled_records(out: Path, runs: list[str]) -> int:
+    """How many records trained the first of these runs that is there."""
+    configs = [out / run / "config.json" for run in runs]
+    first = next(path for path in configs if path.with_name("predictions.npz").exists())
+    return json.loads(first.read_text())["records"]["train"]
+
+
+def draw_curves(curves: dict[str, dict[str, list]], path: Path) -> None:
+    """44-mean against the number of labelled records: a panel a network, a line a start."""
+    matplotlib = import_optional("matplotlib.figure", "drawing")
+    figure = matplotlib.Figure((4 * len(curves), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    colours = {title: f"C{i}" for i, (title, _) in enumerate(STARTS.values())}
+    colours |= {SCRATCH: "0.35", LONGER: "0.65"}
+    for axes, (network, lines) in zip(panels, curves.items(), strict=True):
+        axes.set(title=network, xscale="log", xlabel="labelled records")
+        for title, points in lines.items():
+            counts = [count for count, _ in points]
+            means = [mean for _, mean in points]
+            axes.plot(counts, means, "o-", color=colours[title], label=title)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("mean AUC of 44 statements")
+    panels[0].legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def run_table(flags: argparse.Namespace) -> None:
+    shared, out = shared_flags(flags), flags.out
+    if not flags.tables:
+        run_missing(pretraining_runs(flags.networks, shared, out), out, flags.jobs)
+        runs = finetuning_runs(flags.networks, flags.shares, flags.seeds, shared, out)
+        run_missing(runs, out, flags.jobs)
+    curves = {}
+    for network in flags.networks:
+        lines = print_network(out, network, flags.shares, flags.seeds)
+        if lines:
+            curves[network] = lines
+    if curves:
+        draw_curves(curves, out / "synthetic.png")
+
+
+def main(argv=None) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    name = "python -m extras.baselines.synthetic_table"
+    parser = argparse.ArgumentParser(
+        name, None, __doc__, allow_abbrev=False, formatter_class=layout
+    )
+    add_flags(parser, Path("runs/synthetic"))
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: all three")
+    add("--shares", nargs="+", type=float, choices=SHARES, default=SHARES, help="default: all six")
+    add("--seeds", type=int, default=3, help=f"runs of each share below {FEW} (default: 3)")
+    run_command(run_table, parser, argv)
+
+
+if __name__ == "__main__":
+    main()
