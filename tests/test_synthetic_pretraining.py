@@ -247,8 +247,7 @@ def probe(tmp_path, data, **changed):
     return train_probe.ProbeConfig(**default | changed)
 
 
-@pytest.mark.parametrize("leads", [1, 12])
-@TOKEN_NETWORKS
+@pytest.mark.parametrize("network, leads", [("transformer", 1), ("lstm", 12), ("gru", 1)])
 def test_a_run_resumes_to_the_same_weights_and_is_fine_tuned(
     tmp_path, ptbxl, tiny_networks, monkeypatch, capsys, network, leads
 ):

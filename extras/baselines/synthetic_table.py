@@ -6,8 +6,8 @@
 Networks of synthetic_pretraining.py start from random weights or from one pre-training each (seed
 0), and are fine-tuned on shares of PTB-XL's labels by train_probe.py --finetune.  A seed draws
 share, order and head; shares of one seed lie in each other, and all starts see the same.  Small
-shares come first; what was cut off goes on, what is finished stays.  --networks, --shares and
---seeds leave some out: all of it is a day on two cores.  Draws OUT/synthetic.png.
+shares come first; what was cut off goes on, what is finished stays.  All of it takes some thirty
+core-hours; --networks, --shares and --seeds leave some out.  Draws OUT/synthetic.png.
 """
 
 import argparse
