@@ -37,7 +37,7 @@ MINIMUM_CASES = 10  # rates and shares of fewer cases mean nothing
 PREVALENCE = 0.03  # 3.1 % of US adults have had an infarct (2023 guideline on coronary disease)
 SHARE = "probability, and times its share of the validation fold"
 RATES = "measured on recorders like the validation fold's"
-HANDHELD = "on a hand-held device detectors like it called half of the normal rhythms positive"
+HANDHELD = "not measured on a hand-held device, where false alarms are several times as frequent"
 WEIGHTS = Path(__file__).with_name("weights") / "lead_I_small.pt"  # extras/ship.py makes them
 DISCLAIMER = "research code, not a medical device: an infarct of today needs an emergency call"
 
@@ -212,7 +212,8 @@ def verdict_lines(verdict: dict) -> list[str]:
     numbers = f"score {verdict['score']:.3f}"
     if verdict["threshold"] is not None:
         numbers += f", positive from {verdict['threshold']:.3f}"
-    return [f"any infarct: {word} ({numbers})", *point_lines(verdict), verdict["rates"]]
+    lines = [f"any infarct: {word} ({numbers})", *point_lines(verdict)]
+    return lines if verdict["threshold"] is None else [*lines, verdict["rates"]]
 
 
 def point_lines(point: dict) -> list[str]:

@@ -7,7 +7,7 @@
 
 FOLDER holds WFDB records and, beside them, REFERENCE.csv or QUALITY.csv: a name and a label in each
 line, as in the PhysioNet/CinC Challenge of 2017 (a hand-held device: N normal, A atrial
-fibrillation, O other rhythms, ~ noisy).  No label of a device trains or chooses what is tested.
+fibrillation, O other rhythms, ~ noisy).  No label of a device trains anything.
 
 rhythm:    a linear head on the frozen encoder tells A from N, in five parts of the records: three
            train it, one chooses its strength, one tests it; the mean of the five AUCs.
@@ -16,7 +16,8 @@ rhythm:    a linear head on the frozen encoder tells A from N, in five parts of 
 alarms:    how often a detector calls "any infarct" at its own threshold, by label, and how often
            detect would warn; below that how often in the groups of its own validation fold.  N is
            a normal rhythm, not a healthy heart: the group without infarct compares best.
-band:      how often, of a fold of PTB-XL, behind a filter or under noise that a device may have.
+band:      how often, of a fold of PTB-XL, behind a filter or under noise that a device may have;
+           but for the noise they are of the kinds that extras/recorders.py trains with.
 retrieval: how often, among 200 records, lead I of one is nearest to its own twelve leads.
 """
 
@@ -49,6 +50,8 @@ def find(folder: Path, fold: int | None, rate_hz: float) -> tuple[Records, np.nd
     records = selfmis.find_records(str(folder), sample_rate_hz=rate_hz)
     if fold is not None:
         records = records[records.folds == fold]
+        if not len(records):
+            raise UsageError(f"--fold {fold}: {folder} has no record in it")
     labels = {}
     for name in ("REFERENCE.csv", "QUALITY.csv"):
         if (folder / name).is_file():
@@ -176,10 +179,7 @@ def with_interval(value: float, draws: np.ndarray, form: str) -> str:
 
 def print_alarms(flags: argparse.Namespace) -> None:
     records, labels = find(flags.folder, None, 100)
-    signals = []
-    for i in range(len(records)):
-        ecg, rate_hz = selfmis.read_wfdb(records.name(i), ("I",))
-        signals.append((fill_gaps(ecg, rate_hz)[0], rate_hz))
+    signals = read_filled(records, range(len(records)))
     warnings = [check_recording(ecg, rate_hz, ("I",)) for ecg, rate_hz in signals]
     points_down = np.array([any("points down" in text for text in one) for one in warnings])
     is_noisy = np.array([any("is noisy" in text for text in one) for one in warnings])
@@ -202,12 +202,29 @@ def print_alarms(flags: argparse.Namespace) -> None:
     print_table('Called "any infarct" at a specificity of 90 % on the validation fold', lines)
 
 
-def positives(path: str, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
-    """(N,) 1 where the detector of a probe.pt calls "any infarct", 0 where not, NaN if flat."""
+def read_filled(records: Records, rows) -> list[tuple[np.ndarray, float]]:
+    """Lead I (1, T) in mV and its rate, whole and as it was stored, for a detector."""
+    signals = []
+    for i in rows:
+        ecg, rate_hz = selfmis.read_wfdb(records.name(i), ("I",))
+        signals.append((fill_gaps(ecg, rate_hz)[0], rate_hz))
+    return signals
+
+
+def open_detector(path) -> tuple[Detector, dict]:
+    """A detector of lead I and its operating point."""
     detector = load_detector(path)
+    if detector.leads != ("I",):
+        raise UsageError(f"{path}: a detector of {' '.join(detector.leads)}, not of lead I")
     point = operating_point(detector.content["validation"])
     if point["threshold"] is None:
-        raise UsageError(f"{path}: too few validation records for a threshold")
+        raise UsageError(f"{path}: {point['no_verdict']}")
+    return detector, point
+
+
+def positives(path, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
+    """(N,) 1 where the detector of a probe.pt calls "any infarct", 0 where not, NaN if flat."""
+    detector, point = open_detector(path)
     answers = np.full(len(signals), np.nan)
     for i, (ecg, rate_hz) in enumerate(signals):
         if np.ptp(ecg) > 0:
@@ -219,9 +236,9 @@ def positives(path: str, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
 def rates_at_home(paths: list[str]) -> dict[str, float]:
     """{group: share that is positive} of the validation folds, mean over the detectors."""
     rates = {}
-    for validation in (load_detector(path).content["validation"] for path in paths):
-        threshold = operating_point(validation)["threshold"]
-        is_positive = (validation["any_infarct"] >= threshold).double()
+    for detector, point in map(open_detector, paths):
+        validation = detector.content["validation"]
+        is_positive = (validation["any_infarct"] >= point["threshold"]).double()
         infarct, normal = validation["infarct"], validation["normal"]
         groups = {"normal": normal, "no infarct": ~infarct, "infarct": infarct}
         for name, group in groups.items():
@@ -239,9 +256,10 @@ def share(values: np.ndarray) -> str:
 
 
 def disturbances(T: int, rate_hz: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """{name: (response, noise)}: by the first a spectrum is multiplied, the second is added.
+    """{name: (response, noise)}, (T // 2 + 1,) each.
 
-    Both (T // 2 + 1,); noise is what has the deviation of the record before it is drawn at random.
+    The record's spectrum is multiplied by the first; the second is the amplitude of a noise's
+    spectrum, in deviations of the record.
     """
     hz = torch.fft.rfftfreq(T, 1 / rate_hz)
     same, none = torch.ones_like(hz), torch.zeros_like(hz)
@@ -271,21 +289,35 @@ def disturb(ecg: np.ndarray, response: torch.Tensor, noise: torch.Tensor, draw) 
 
 
 def print_band(flags: argparse.Namespace) -> None:
+    if flags.fold is None:
+        raise UsageError("band needs --fold: a fold of PTB-XL that did not train the detector")
     records, _ = find(flags.folder, flags.fold, 100)
     infarct = records.labels[:, [STATEMENTS.index(t) for t in MI_TYPES]].any(1)
     normal = (records.labels[:, STATEMENTS.index("NORM")] > 0) & ~infarct
-    ecgs = read_all(flags.folder, flags.fold, ("I",), 100)
     lines = [["detector", "recordings", "normal, positive", "infarct, positive"]]
-    for row, (path, *_) in map(named, flags.probe):
-        detector = load_detector(path)
-        threshold = operating_point(detector.content["validation"])["threshold"]
-        for name, parts in disturbances(ecgs[0].shape[1], 100).items():
-            draw = torch.Generator().manual_seed(0)
-            scores = any_infarct(detector, [disturb(ecg, *parts, draw) for ecg in ecgs])
-            shares = [share(scores[group] >= threshold) for group in (normal, infarct)]
-            lines.append([row, name, *shares])
+    for row, paths in map(named, flags.probe):
+        shares = {}
+        for path in paths:
+            for name, is_positive in positives_behind(path, flags).items():
+                shares.setdefault(name, []).append(is_positive)
+        for name, parts in shares.items():
+            is_positive = np.mean(parts, 0)  # over seeds
+            lines.append([row, name, share(is_positive[normal]), share(is_positive[infarct])])
     counts = f"{normal.sum():,} normal records and {infarct.sum():,} infarcts"
     print_table(f'Called "any infarct" of {counts} of fold {flags.fold}', lines)
+
+
+def positives_behind(path: str, flags: argparse.Namespace) -> dict[str, np.ndarray]:
+    """{disturbance: (N,) whether the detector calls "any infarct"} of the records of a fold."""
+    detector, point = open_detector(path)
+    rate_hz = detector.sample_rate_hz
+    ecgs = read_all(flags.folder, flags.fold, ("I",), rate_hz)
+    found = {}
+    for name, parts in disturbances(ecgs[0].shape[1], rate_hz).items():
+        draw = torch.Generator().manual_seed(0)
+        scores = any_infarct(detector, [disturb(ecg, *parts, draw) for ecg in ecgs])
+        found[name] = scores >= point["threshold"]
+    return found
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 import selfmis
 import train_pretrain
 from extras.baselines.common import generator, zscore
-from selfmis import flag
+from selfmis import UsageError, flag
 from train_pretrain import PretrainConfig, Training
 
 
@@ -30,7 +30,16 @@ class RecorderConfig(PretrainConfig):
 
 @dataclasses.dataclass
 class RecorderTraining(Training):
-    """train_pretrain.py's run; its views pass a recorder on their way to the student."""
+    """train_pretrain.py's run; its views pass a recorder on their way to the student.
+
+    Validation does not: its loss is that of the records as they are, and chooses best.pt.
+    """
+
+    def __post_init__(self) -> None:
+        if self.spec.preprocessing != dict(normalize="zscore", filter="none"):
+            raise UsageError(
+                f"{self.spec.preprocessing}: a recorder passes what is scored and not filtered"
+            )
 
     def step_loss(self, rows, signals, targets) -> torch.Tensor:
         draw = generator(self.config.seed, self.epoch, self.step, self.ranks.rank)
@@ -68,12 +77,16 @@ def record_simply(x: torch.Tensor, sample_rate_hz: float, draw: torch.Generator)
 
 
 def high_pass(frequency_hz: torch.Tensor, cutoff_hz: torch.Tensor) -> torch.Tensor:
-    """Complex response of a capacitor and a resistor: causal, so it bends slow waves."""
+    """Complex response of a capacitor and a resistor, which bends slow waves.
+
+    Under a discrete Fourier transform the end of a record acts on its beginning; so does, in a real
+    recording, what came before it.
+    """
     return 1j * frequency_hz / (cutoff_hz + 1j * frequency_hz)
 
 
 def low_pass(frequency_hz: torch.Tensor, cutoff_hz: torch.Tensor) -> torch.Tensor:
-    """A Butterworth filter of second order, forth and back: a delay would only shift the record."""
+    """A Butterworth filter of second order, forth and back (-6 dB): no delay, no shifted record."""
     return 1 / (1 + (frequency_hz / cutoff_hz) ** 4)
 
 

@@ -57,6 +57,13 @@ def test_intervals_and_amplitudes_of_a_constructed_record():
     assert np.isclose(found.beats[0, 2, BEFORE], r[shown], atol=1e-6)
 
 
+def test_qrs_does_not_grow_with_noise():
+    ecg, _ = constructed()
+    noise = np.random.default_rng(0).normal(0, 0.02, ecg.shape)
+    clean, noisy = measure([ecg, ecg + noise]).intervals[:, INTERVALS.index("QRS")]
+    assert abs(noisy - clean) < 10
+
+
 def test_each_wave_of_a_beat():
     ms = (np.arange(400) - BEFORE) * 2.0
     beat = gaussian(ms, 0, 6) - 0.2 * gaussian(ms, -30, 5) - 0.4 * gaussian(ms, 30, 5)

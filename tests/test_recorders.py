@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from conftest import made_up
 from scipy import signal
@@ -10,6 +11,7 @@ from scipy import signal
 import selfmis
 from extras import recorders
 from extras.baselines.common import generator
+from selfmis import UsageError
 
 RATE_HZ = 100
 
@@ -35,6 +37,42 @@ def test_low_pass_is_butterworth_s_forth_and_back():
     _, response = signal.freqs(b, a, 2 * math.pi * frequency_hz.numpy())
     own = recorders.low_pass(frequency_hz, torch.tensor(20.0))
     np.testing.assert_allclose(own, np.abs(response) ** 2, rtol=1e-5)
+
+
+def test_how_many_records_meet_what(monkeypatch):
+    """Shares and ranges of 4,000 records, and the wander that is left when nothing filters."""
+    cutoffs = []
+    for name in ("high_pass", "low_pass"):
+
+        def spy(frequency_hz, cutoff_hz, name=name):
+            cutoffs.append((name, cutoff_hz.flatten()))
+            return torch.ones(1)
+
+        monkeypatch.setattr(recorders, name, spy)
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((4000, 1, 64)))
+    one = recorders.record_simply(x, RATE_HZ, generator(0, 0))
+    kinds = [name for name, _ in cutoffs]
+    assert kinds == ["low_pass", "high_pass", "high_pass", "low_pass"]  # the first is the wander
+    limits = ((0.2, 1.5, 1), (0.05, 1, 0.75), (0.05, 0.5, 0.25), (10, 45, 0.5))
+    for (_, values), (low, high, share) in zip(cutoffs, limits, strict=True):
+        met = values[(values >= low) & (values <= high)]
+        assert len(met) / 4000 == pytest.approx(share, abs=0.03)
+        assert float(met.log().mean()) == pytest.approx(np.log(low * high) / 2, abs=0.05)
+        spared = values[(values < low) | (values > high)]
+        assert ((spared == 1e-3) | (spared == math.inf)).all()
+    is_swapped = (one * x).sum((1, 2)) < 0
+    assert is_swapped.double().mean() == pytest.approx(0.25, abs=0.03)
+    wander = (torch.where(is_swapped[:, None, None], -one, one) - x).std((1, 2))
+    assert (wander > 1e-6).double().mean() == pytest.approx(0.5, abs=0.03)
+    assert 0.95 < wander.max() < 1.1
+
+
+def test_recorders_take_scored_records_only(tmp_path):
+    flags = dict(data=["synthetic:200"], multi="random", loss="softmax", size="small", epochs=1)
+    flags |= dict(sample_rate=100, batch_size=16, workers=0, cache="none", normalize="none")
+    config = recorders.RecorderConfig(out=str(tmp_path / "a"), **flags)
+    with pytest.raises(UsageError, match="a recorder passes what is scored"):
+        recorders.main(config)
 
 
 def test_every_record_passes_a_recorder_of_its_own_and_keeps_its_place_in_time():

@@ -272,6 +272,8 @@ def pretrain(
     run = prepare(
         method_class(config, *parts), config, ranks, out, spec, pairs, train_rows, val_rows
     )
+    if run.model.uses_labels and not records.labels[run.train_rows].any():
+        raise UsageError("--data: no record that trains has a label, from which this method learns")
     if last is None:
         selfmis.begin_run(out, config, describe(run), ranks)
         train_pretrain.save_last(run)

@@ -11,13 +11,13 @@ so that no lead gives another away.  With a = --alpha the loss is
 
     a * squared error of the masked patches + (1 - a) * cross-entropy of the 44 statements,
 
-both from the same masked input, a mean over samples and a sum over statements: so the two pull
-about equally at 0.5.  1 is masked autoencoding, for which no label is read, 0 supervision alone,
-the control that tells whether filling holes does anything.  Real records do too, in place of
-synthetic ones; those without a statement count in the first term only.
+both from the same masked input: a mean over samples and a sum over statements, for the gradient of
+a mean over statements would be as small as AdamW's eps.  1 is masked autoencoding, for which no
+label is read, 0 supervision alone, the control that tells whether filling holes does anything.
+--data may name real records instead; those without a statement count in the first term only.
 
 To a probe nothing is masked, and the embedding is the mean of the tokens.  --untrained writes a
-network as it was drawn, so that train_probe.py --finetune can train the same one from scratch.
+network with random weights, so that train_probe.py --finetune can train such a one from scratch.
 synthetic_table.py compares all of these.
 """
 
@@ -28,8 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import selfmis
+import train_pretrain
 from extras.baselines import common
-from extras.baselines.common import SMALL_BUDGET, BaselineConfig, Method, to_view, zscore
+from extras.baselines.common import BaselineConfig, BaselineTraining, Method, to_view, zscore
 from extras.baselines.st_mem import make_layers, time_code
 from extras.baselines.transformer import Encoder
 from selfmis import SIZES, STATEMENTS, ResNet1D, UsageError, flag
@@ -152,10 +153,9 @@ class TokenTransformer(PatchEncoder):
 class SyntheticPretraining(Method):
     """Squared error of the masked patches and cross-entropy of the statements, weighed by alpha.
 
-    What has no weight is not there: a parameter without a gradient would stop several processes.
+    A head whose term has no weight is not built: a parameter without a gradient would stop training
+    in several processes.
     """
-
-    published = SMALL_BUDGET  # there is no other
 
     def __init__(self, config: SyntheticPretrainingConfig) -> None:
         super().__init__(config)
@@ -196,19 +196,15 @@ class SyntheticPretraining(Method):
         return loss, numbers
 
     def classification(self, embedding: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of the records that have a label: (B, D), (B, 44) -> a scalar.
-
-        A sum over statements: gradients of their mean would be as small as AdamW's eps.
-        """
-        is_labelled = labels.any(1)
-        if not is_labelled.any():
-            raise UsageError(
-                f"--alpha {self.config.alpha:g}: a batch without any label; give PTB-XL or "
-                "synthetic:N as --data, or --alpha 1"
-            )
+        """Cross-entropy, mean of the records that have a label: (B, D), (B, 44) -> a scalar."""
         logits = self.classify(embedding).float()  # (B, 44)
-        errors = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)
-        return errors[is_labelled].mean()
+        errors = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)  # (B,)
+        is_labelled = labels.any(1)
+        return (errors * is_labelled).sum() / is_labelled.sum().clamp_min(1)
+
+    @staticmethod
+    def next_command(run: BaselineTraining) -> str:
+        return train_pretrain.next_command(run).replace(".py", ".py --finetune", 1)
 
     def legend(self) -> str:
         if self.config.alpha == 0:

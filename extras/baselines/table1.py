@@ -211,7 +211,8 @@ def add_flags(parser: argparse.ArgumentParser, out: Path) -> None:
     add("--out", type=Path, default=out, help=f"of the runs (default: {out})")
     add("--val-fold", type=int, default=9, help="default: 9")
     add("--test-fold", type=int, default=10, help="default: 10")
-    add("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    some = range(1, 65)
+    add("--jobs", type=int, choices=some, metavar="N", default=2, help="runs at once (default: 2)")
     add("--tables", action="store_true", help="run nothing, print what is there")
 
 
