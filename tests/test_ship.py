@@ -103,3 +103,26 @@ def test_what_it_does_on_a_hand_held_device_is_counted_among_normal_records(tmp_
     (tmp_path / "other/REFERENCE.csv").write_text("R00,A\n")
     with pytest.raises(UsageError, match="labels no record N"):
         ship.handheld_rate(probe, tmp_path / "other")
+
+
+def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(tmp_path, monkeypatch):
+    out, weights, started = tmp_path / "runs", tmp_path / "weights.pt", []
+    (out / "recorders-0-probe").mkdir(parents=True)
+    write_probe(out / "recorders-0-probe/probe.pt")
+
+    def run_missing(runs, folder, jobs):
+        started.extend(runs)
+
+    def rate(path, folder):
+        kinds = {value.dtype for value in selfmis.read_checkpoint(path)["encoder"].values()}
+        return f"of {folder.name}, {kinds}"
+
+    monkeypatch.setattr(ship, "WEIGHTS", weights)
+    monkeypatch.setattr(ship.table1, "run_missing", run_missing)
+    monkeypatch.setattr(ship, "normal_recordings", lambda folder: None)
+    monkeypatch.setattr(ship, "handheld_rate", rate)
+    ship.main(["anywhere", "--handheld", "device", "--out", str(out)])
+    assert tuple(started) == ship.RUNS
+    content = selfmis.read_checkpoint(weights)
+    assert content["handheld"] == "of device, {torch.float16}"
+    assert content["config"]["data"] == ["ptb-xl"]
