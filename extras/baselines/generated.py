@@ -236,29 +236,32 @@ def score(flags: argparse.Namespace) -> None:
 
 
 def draw_picture(path: str, shown: dict, embedded: dict, records: Records) -> None:
-    """Lead V1 of the first infarct, real and made; and two principal components of the latents."""
-    figure = import_optional("matplotlib.figure", "drawing").Figure((10, 4), layout="constrained")
-    signal, latent = figure.subplots(1, 2)
+    """A column for each way to make leads: V1 of the first infarct, and embeddings; real ones grey.
+
+    The embeddings are seen in the first two principal components of the real ones.
+    """
+    made = [name for name in embedded if name != "real leads"]
+    matplotlib = import_optional("matplotlib.figure", "drawing")
+    figure = matplotlib.Figure((2.3 * len(made), 5), layout="constrained")
+    panels = figure.subplots(2, len(made), sharex="row", sharey="row", squeeze=False)
     row = int(np.flatnonzero(records.labels[:, train_probe.NINE].any(1))[0])
-    T = shown["real leads"].shape[2]
-    seconds = np.arange(T // 4) / (T / 10)
-    for name, ecg in shown.items():
-        if name != "lead I in all rows":
-            colour = "black" if name == "real leads" else None
-            v1 = ecg[row, LEADS.index("V1"), : len(seconds)]
-            signal.plot(seconds, v1, label=name, color=colour, lw=1)
-    signal.set(title=f"V1 of {Path(records.name(row)).name}", xlabel="s", ylabel="mV")
-    signal.legend(fontsize=8)
+    rate_hz = shown["real leads"].shape[2] / 10
+    seconds = np.arange(round(2.5 * rate_hz)) / rate_hz
     z = embedded["real leads"]
     mean = z.mean(0)
     axes = torch.linalg.svd(z - mean, full_matrices=False).Vh[:2]  # (2, D)
-    for name, z in embedded.items():
-        points = (z - mean) @ axes.T
-        colour = "black" if name == "real leads" else None
-        latent.plot(*points.T, ".", ms=2, label=name, color=colour, alpha=0.5)
-    latent.set(title="embeddings", xlabel="first component of the real ones", ylabel="second")
-    latent.legend(fontsize=8, markerscale=4)
-    save_picture(figure, path)
+    for (signal, latent), name in zip(panels.T, made, strict=True):
+        for which, colour in (("real leads", "0.6"), (name, "tab:red")):
+            if which in shown:
+                v1 = shown[which][row, LEADS.index("V1"), : len(seconds)]
+                signal.plot(seconds, v1, color=colour, linewidth=1)
+            points = (embedded[which] - mean) @ axes.T
+            latent.plot(*points.T, ".", markersize=1, color=colour)
+        signal.set(title=name, xlabel="s")
+        latent.set(xlabel="first component")
+    panels[0, 0].set_ylabel(f"V1 of {Path(records.name(row)).name}, mV")
+    panels[1, 0].set_ylabel("second component")
+    save_picture(figure, path, pixels_per_mm=3)
 
 
 # --------------------------------------------------------------------------------------------------
