@@ -294,6 +294,12 @@ def test_made_written_scored_and_drawn(tmp_path, ptbxl, capsys):
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
     assert {"real leads", "mcma", "fir", "lead I in all rows", "lead I and zeros"} < set(rows)
     assert (tmp_path / "a.png").stat().st_size > 10_000
+    chart = str(tmp_path / "chart.png")
+    generated.main(["chart", folders[0], *shared, "--picture", chart])
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        generated.main(["chart", folders[0], *shared])
+    assert "chart needs one folder and --picture" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         generated.main(["score", str(tmp_path), *shared, "--probe", str(probe)])
     assert "no generated.json" in capsys.readouterr().err

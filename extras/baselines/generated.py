@@ -4,6 +4,7 @@
     python -m extras.baselines.generated make fir --sample-rate 100 --data ptb-xl --out runs/fir
     python -m extras.baselines.generated score runs/pix2pix runs/fir --data ptb-xl \\
         --probe runs/teacher-frozen/probe.pt --picture generated.png
+    python -m extras.baselines.generated chart runs/pix2pix --data ptb-xl --picture chart.png
 
 make:  OUT/generated.npy, (N, 12, T) float32 in mV, the leads in the order of LEADS and lead I as it
        was, of the labelled records of the test fold; OUT/generated.json names them.  `fir` is a
@@ -15,6 +16,7 @@ score: a twelve-lead classifier whose head was fitted on real leads (probe.pt of
        distance of one half of the patients, made, to the embeddings of the other half, real; for
        real leads that is what chance alone makes.  Then r, and the variance of what was made over
        that of what was recorded, lead by lead.
+chart: the first infarct of the test fold on ECG paper, as it was recorded and as it was made.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from extras.baselines.mcma import MCMAGenerator
 from extras.detect import run_command
 from extras.devices import embed_recordings
 from extras.evidence import MEANS, Scores, difference, print_table
-from extras.synthetic import save_picture
+from extras.synthetic import CHART_MM, draw_chart, ecg_paper, save_picture
 from selfmis import LEADS, Records, UsageError, import_optional
 
 GENERATORS = {network.__name__: network for network in (UNetGenerator, MCMAGenerator)}
@@ -172,12 +174,17 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(apart + np.trace(S1) + np.trace(S2) - 2 * np.sqrt(inner.clip(0)).sum())
 
 
-def read_made(folder: Path, records: Records, rate_hz: float) -> np.ndarray:
-    """generated.npy of a folder; UsageError if it is of other records or another rate."""
+def read_content(folder: Path) -> dict:
+    """generated.json of a folder."""
     try:
-        content = json.loads((folder / "generated.json").read_text())
+        return json.loads((folder / "generated.json").read_text())
     except OSError as error:
         raise UsageError(f"{folder}: no generated.json; start with `make`") from error
+
+
+def read_made(folder: Path, records: Records, rate_hz: float) -> np.ndarray:
+    """generated.npy of a folder; UsageError if it is of other records or another rate."""
+    content = read_content(folder)
     names = [records.name(i) for i in range(len(records))]
     if [Path(name).name for name in content["records"]] != [Path(name).name for name in names]:
         raise UsageError(f"{folder}: of other records than this test fold")
@@ -235,6 +242,11 @@ def score(flags: argparse.Namespace) -> None:
         draw_picture(flags.picture, shown, embedded, records)
 
 
+def first_infarct(records: Records) -> int:
+    """Its row."""
+    return int(records.labels[:, train_probe.NINE].any(1).argmax())
+
+
 def draw_picture(path: str, shown: dict, embedded: dict, records: Records) -> None:
     """A column for each way to make leads: V1 of the first infarct, and embeddings; real ones grey.
 
@@ -244,7 +256,7 @@ def draw_picture(path: str, shown: dict, embedded: dict, records: Records) -> No
     matplotlib = import_optional("matplotlib.figure", "drawing")
     figure = matplotlib.Figure((2.3 * len(made), 5), layout="constrained")
     panels = figure.subplots(2, len(made), sharex="row", sharey="row", squeeze=False)
-    row = int(np.flatnonzero(records.labels[:, train_probe.NINE].any(1))[0])
+    row = first_infarct(records)
     rate_hz = shown["real leads"].shape[2] / 10
     seconds = np.arange(round(2.5 * rate_hz)) / rate_hz
     z = embedded["real leads"]
@@ -264,6 +276,24 @@ def draw_picture(path: str, shown: dict, embedded: dict, records: Records) -> No
     save_picture(figure, path, pixels_per_mm=3)
 
 
+def chart(flags: argparse.Namespace) -> None:
+    """A record on ECG paper, real on the left and made on the right."""
+    if not flags.picture or len(flags.sources) > 1:
+        raise UsageError("chart needs one folder and --picture")
+    folder = Path(flags.sources[0])
+    rate_hz = read_content(folder)["sample_rate_hz"]
+    records = test_records(flags, rate_hz)
+    made = read_made(folder, records, rate_hz)
+    row = first_infarct(records)
+    real = read_mv(records[[row]], rate_hz)[0]
+    name = Path(records.name(row)).name
+    wide, tall = CHART_MM
+    figure, axes = ecg_paper(2 * wide, tall)
+    draw_chart(axes, real, rate_hz, f"{name}, as it was recorded")
+    draw_chart(axes, made[row], rate_hz, f"{name}, out of lead I by {folder.name}", left=wide)
+    save_picture(figure, flags.picture, pixels_per_mm=3)
+
+
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
@@ -276,7 +306,7 @@ def main(argv=None) -> None:
         name, None, __doc__, allow_abbrev=False, formatter_class=layout
     )
     add = parser.add_argument
-    add("part", choices=("make", "score"))
+    add("part", choices=("make", "score", "chart"))
     add("sources", nargs="+", metavar="best.pt|fir|FOLDER", help="folders: of generated.npy")
     add("--data", required=True, metavar="PTBXL", help="a folder")
     add("--out", type=Path, default=Path("runs/generated"), help="of make")
@@ -284,8 +314,9 @@ def main(argv=None) -> None:
     add("--test-fold", type=int, default=10, help="default: 10")
     add("--sample-rate", type=float, default=500.0, help="of fir; default: 500")
     add("--probe", help="of score: probe.pt of a twelve-lead encoder on --lead all")
-    add("--picture", metavar="FILE", help="of score: draws V1 and the latents")
-    run_command(lambda flags: dict(make=make, score=score)[flags.part](flags), parser, argv)
+    add("--picture", metavar="FILE", help="of score: draws V1 and the latents; of chart")
+    parts = dict(make=make, score=score, chart=chart)
+    run_command(lambda flags: parts[flags.part](flags), parser, argv)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m extras.baselines.table2 PTBXL --val-fold 8 --test-fold 9 --out runs/table1
 
-PTB-XL at 100 Hz, `small` networks, eight epochs in bf16, one seed; no rate was searched for.  The
-classifier is table1.py's teacher, whose run is shared with it if --out is the same.  Draws
-OUT/generated.png.
+PTB-XL at 100 Hz, `small` networks, eight epochs in bf16, one seed, three of the best; no rate was
+searched for.  The classifier is table1.py's teacher, whose run is shared with it if --out is the
+same.  Draws OUT/generated.png.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from extras.baselines.table1 import BF16, FIRST, add_flags, run_missing
 from extras.detect import run_command
 from extras.evidence import PROBE, shared_flags
 
-GENERATIVE = ("pix2pix", "cyclegan", "ekgan", "mcma")
+GENERATIVE = ("pix2pix", "cyclegan", "ekgan", "mcma", "mcma-1", "mcma-2")  # method and seed
 MADE = "generated.json"  # written when all is made
 TEACHER = (
     *(each for each in FIRST if each[0] == "teacher-#"),
@@ -27,7 +27,9 @@ TEACHER = (
 def all_runs(shared: list[str], out: Path) -> dict[str, list[str]]:
     runs = evidence.all_runs(TEACHER, shared, out)
     for name in GENERATIVE:
-        runs[name] = [f"extras.baselines.{name}", *shared, *BF16.split(), "--out", str(out / name)]
+        method, _, seed = name.partition("-")
+        own = ["--seed", seed or "0", "--out", str(out / name)]
+        runs[name] = [f"extras.baselines.{method}", *shared, *BF16.split(), *own]
     return runs
 
 
