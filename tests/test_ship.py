@@ -64,9 +64,11 @@ def test_detect_without_a_probe_answers_by_it_and_says_so(tmp_path, capsys):
 def test_its_auc_on_the_test_fold_is_the_one_it_tells(shipped):
     records = selfmis.find_records(ROOT, sample_rate_hz=100)
     records = records[(records.folds == 9) & records.labels.any(1)]
+    told = shipped.content["results"]["types"]
+    if len(records) < 2000:
+        pytest.skip(f"only {len(records)} records of fold 9 are there")
     signals = np.stack([records.read(i, ("I",), 100) for i in range(len(records))])
     found = shipped(signals, 100)
-    told = shipped.content["results"]["types"]
     for t in ("ALMI", "AMI", "ASMI", "ILMI", "IMI", "LMI"):
         labels = records.labels[:, STATEMENTS.index(t)]
         assert labels.sum() == told[t]["positives"]
