@@ -356,15 +356,20 @@ def print_retrieval(flags: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+PARTS_OF_COMMAND = {  # what each does, and the flags it needs
+    "rhythm": (print_rhythm, "encoder"),
+    "alarms": (print_alarms, "probe"),
+    "band": (print_band, "probe"),
+    "retrieval": (print_retrieval, "encoder", "teacher"),
+}
+
+
 def run_devices(flags: argparse.Namespace) -> None:
-    needed = dict(rhythm=["encoder"], alarms=["probe"], band=["probe"])
-    needed |= dict(retrieval=["encoder", "teacher"])
-    for name in needed[flags.part]:
+    action, *needed = PARTS_OF_COMMAND[flags.part]
+    for name in needed:
         if not getattr(flags, name):
             raise UsageError(f"{flags.part} needs --{name}")
-    parts = dict(rhythm=print_rhythm, alarms=print_alarms, band=print_band)
-    parts |= dict(retrieval=print_retrieval)
-    parts[flags.part](flags)
+    action(flags)
 
 
 def main(argv=None) -> None:
@@ -373,7 +378,7 @@ def main(argv=None) -> None:
         "python -m extras.devices", None, __doc__, allow_abbrev=False, formatter_class=layout
     )
     add = parser.add_argument
-    add("part", choices=("rhythm", "alarms", "band", "retrieval"))
+    add("part", choices=PARTS_OF_COMMAND)
     add("folder", type=Path, help="of WFDB records")
     add(
         "--encoder",

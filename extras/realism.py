@@ -359,10 +359,8 @@ def run_realism(flags: argparse.Namespace) -> None:
         both = (records.labels[:, STATEMENTS.index(name)] > 0).sum() - len(chosen)
         if both:
             print(f"Left out of {name}, for an infarct on the other side too: {both} records.")
-    print(
-        "chance: the distance that two samples of one law exceed in 5 of 100 cases; a median over"
-    )
-    print("leads varies less, the farthest of 60 more.")
+    print("chance: the distance that two samples of one law exceed in 5 of 100 cases;")
+    print("a median over leads varies less, the farthest of 60 more.")
     if few:
         counts = ", ".join(f"{name} {len(pairs[name].real.intervals)}" for name in few)
         print(f"Classes of fewer than {MINIMUM_CASES} real records count in all only: {counts}.")

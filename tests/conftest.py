@@ -1,5 +1,6 @@
 """What several tests share: tiny collections of made-up ECG as users have them, tiny encoders."""
 
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -165,3 +166,18 @@ def run_forked(processes, main, config):
         process.kill()
         process.join()
     return [process.exitcode for process in started]
+
+
+@contextlib.contextmanager
+def stopped_after_an_epoch(monkeypatch):
+    """What runs inside is interrupted as soon as its first epoch is saved."""
+
+    def save(path, content, real=selfmis.save):
+        real(path, content)
+        if content.get("epoch") == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selfmis, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            yield

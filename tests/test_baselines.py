@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import made_up, run_forked
+from conftest import made_up, run_forked, stopped_after_an_epoch
 from methods import METHODS
 
 import selfmis
@@ -146,16 +146,9 @@ def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
     losses = [entry["train_loss"] for entry in epochs(tmp_path / "out")]
     assert losses[1] < losses[0] and np.isfinite(epochs(tmp_path / "out")[1]["val_loss"])
 
-    def save(path, content, real=selfmis.save):
-        real(path, content)
-        if content.get("epoch") == 1:
-            raise KeyboardInterrupt
-
     cut = settings(tmp_path, ptbxl, out=str(tmp_path / "cut"), **more)
-    with monkeypatch.context() as patch:
-        patch.setattr(selfmis, "save", save)
-        with pytest.raises(KeyboardInterrupt):
-            common.main(clocs.CLOCS, cut)
+    with stopped_after_an_epoch(monkeypatch):
+        common.main(clocs.CLOCS, cut)
     common.main(clocs.CLOCS, dataclasses.replace(cut, resume=True))
     weights = [selfmis.read_checkpoint(tmp_path / o / "best.pt")["encoder"] for o in ("out", "cut")]
     for key, value in weights[0].items():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import spy, write_record
+from conftest import spy, write_record, stopped_after_an_epoch
 
 import selfmis
 import train_probe
@@ -259,16 +259,9 @@ def test_a_run_resumes_to_the_same_weights_and_is_fine_tuned(
         capsys.readouterr().out
     )
 
-    def save(path, content, real=selfmis.save):
-        real(path, content)
-        if content.get("epoch") == 1:
-            raise KeyboardInterrupt
-
     cut = settings(tmp_path, ptbxl, out=str(tmp_path / "cut"), **more)
-    with monkeypatch.context() as patch:
-        patch.setattr(selfmis, "save", save)
-        with pytest.raises(KeyboardInterrupt):
-            synthetic_pretraining.main(cut)
+    with stopped_after_an_epoch(monkeypatch):
+        synthetic_pretraining.main(cut)
     synthetic_pretraining.main(dataclasses.replace(cut, resume=True))
     encoders = [selfmis.load_encoder(tmp_path / run / "best.pt") for run in ("out", "cut")]
     for key, value in encoders[0].state_dict().items():
