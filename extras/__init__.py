@@ -6,6 +6,18 @@ import sys
 from selfmis import UsageError
 
 
+def command_parser(module: str, about: str) -> argparse.ArgumentParser:
+    """A parser whose help shows `about`, the module's docstring, as it is written."""
+    parser = argparse.ArgumentParser(
+        f"python -m {module}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def run_action(action, flags: argparse.Namespace) -> None:
     """action(flags) of a command that has --debug, which shows the traceback of an error.
 

@@ -7,6 +7,7 @@ FILE: best.pt, last.pt or probe.pt of a run, or an ECGFounder file.
 
 import argparse
 
+from extras import command_parser, run_action
 from extras.detect import (
     DISCLAIMER,
     describe_data,
@@ -14,7 +15,6 @@ from extras.detect import (
     operating_point,
     point_lines,
     rates,
-    run_command,
 )
 from selfmis import load_encoder, read_checkpoint
 
@@ -85,10 +85,9 @@ def format_auc(entry: dict) -> str:
 
 
 def main(argv=None) -> None:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("python -m extras.card", None, about, allow_abbrev=False)
+    parser = command_parser("extras.card", __doc__)
     parser.add_argument("file", help="best.pt, last.pt or probe.pt, or an ECGFounder file")
-    run_command(run_card, parser, argv)
+    run_action(run_card, parser.parse_args(argv))
 
 
 def run_card(arguments: argparse.Namespace) -> None:

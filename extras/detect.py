@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import selfmis
-from extras import run_action
+from extras import command_parser, run_action
 from extras.recordings import TEXT_FILES, check_recording, fill_gaps, header_of, read_recording
 from extras.synthetic import ecg_paper, save_picture
 from selfmis import LEADS, MI_TYPES, RecordError, UsageError, segment_names
@@ -425,15 +425,8 @@ def share(text: str) -> float:
     return float(text)
 
 
-def run_command(action, parser: argparse.ArgumentParser, argv=None) -> None:
-    """`run_action` with the flags of a command line, --debug among them."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    run_action(action, parser.parse_args(argv))
-
-
 def main(argv=None) -> None:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("python -m extras.detect", None, about, allow_abbrev=False)
+    parser = command_parser("extras.detect", __doc__)
     kinds = "WFDB records, .csv, .tsv, .txt or .npy files, or folders of them"
     parser.add_argument("recordings", nargs="+", type=Path, help=kinds)
     own = "probe.pt of train_probe.py; default: the detector that comes with this file"
@@ -448,7 +441,7 @@ def main(argv=None) -> None:
     add("--prevalence", type=share, default=PREVALENCE, help=usual)
     add("--json", action="store_true", help="print JSON instead of words")
     add("--picture", metavar="PAGE.png", help="draw the strip and the answer of one recording")
-    run_command(run_detect, parser, argv)
+    run_action(run_detect, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

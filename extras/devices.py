@@ -31,7 +31,8 @@ import torch
 
 import selfmis
 import train_probe
-from extras.detect import Detector, load_detector, make_answer, operating_point, run_command
+from extras import command_parser, run_action
+from extras.detect import Detector, load_detector, make_answer, operating_point
 from extras.evidence import print_table
 from extras.recorders import high_pass, low_pass
 from extras.recordings import check_recording, fill_gaps
@@ -373,10 +374,7 @@ def run_devices(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m extras.devices", None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.devices", __doc__)
     add = parser.add_argument
     add("part", choices=PARTS_OF_COMMAND)
     add("folder", type=Path, help="of WFDB records")
@@ -390,7 +388,7 @@ def main(argv=None) -> None:
     add("--probe", action="append", default=[], metavar="[NAME=]PROBE.pt", help="likewise")
     add("--teacher", metavar="PATH", help="the encoder of twelve leads")
     add("--fold", type=int, help="of PTB-XL, for band and retrieval")
-    run_command(run_devices, parser, argv)
+    run_action(run_devices, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 
 import selfmis
 import train_probe
-from extras.detect import run_command
+from extras import command_parser, run_action
 from selfmis import LEADS, import_optional
 
 HERE = Path(__file__).resolve().parent
@@ -377,7 +377,7 @@ def beat_models(data: str, val_fold: int, test_fold: int) -> dict[str, dict]:
     parts += [real[real.folds == fold] for fold in (val_fold, test_fold)]
     beats, infarcts = [], []
     for part in parts:
-        each = [median_beat(part.read(i, LEADS, 100)) for i in range(len(part))]
+        each = [find_median_beat(part.read(i, LEADS, 100)) for i in range(len(part))]
         beats.append(torch.from_numpy(np.stack(each)).float())  # (N, 12, 70)
         infarcts.append(torch.from_numpy(part.labels[:, train_probe.NINE].any(1)[:, None]).float())
     y, y_val, _ = infarcts
@@ -394,7 +394,7 @@ def beat_models(data: str, val_fold: int, test_fold: int) -> dict[str, dict]:
     return models
 
 
-def median_beat(ecg: np.ndarray) -> np.ndarray:
+def find_median_beat(ecg: np.ndarray) -> np.ndarray:
     """(12, 1000) at 100 Hz -> (12, 70): from 250 ms before R to 450 ms after it."""
     signal = import_optional("scipy.signal", "finding beats")
     size = np.abs(ecg - np.median(ecg, axis=1, keepdims=True)).sum(0)[25:-45]
@@ -485,16 +485,13 @@ def run_evidence(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m extras.evidence", None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.evidence", __doc__)
     parser.add_argument("data", metavar="PTBXL|picture", help="a folder, or the word picture")
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="of the runs")
     parser.add_argument("--val-fold", type=int, default=9, help="default: 9")
     parser.add_argument("--test-fold", type=int, default=10, help="default: 10")
     parser.add_argument("--tables", action="store_true", help="run nothing, print what is there")
-    run_command(run_evidence, parser, argv)
+    run_action(run_evidence, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from extras import command_parser, run_action
 from extras.detect import (
     DISCLAIMER,
     CalibratedClassifier,
@@ -24,7 +25,6 @@ from extras.detect import (
     describe_probe,
     load_detector,
     operating_point,
-    run_command,
 )
 from selfmis import MI_TYPES, UsageError, nan_to_none, write_atomically
 
@@ -90,11 +90,10 @@ def to_onnx(program, about: dict[str, str]) -> bytes:
 
 
 def main(argv=None) -> None:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("python -m extras.export", None, about, allow_abbrev=False)
+    parser = command_parser("extras.export", __doc__)
     parser.add_argument("probe", help="probe.pt of train_probe.py")
     parser.add_argument("out", help="OUT.onnx or OUT.pt2")
-    run_command(run_export, parser, argv)
+    run_action(run_export, parser.parse_args(argv))
 
 
 def run_export(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 import selfmis
-from extras.detect import run_command
+from extras import command_parser, run_action
 from selfmis import UsageError
 from train_probe import NINE, any_infarct, as_table, mean_auc, read_predictions, summarize
 
@@ -172,12 +172,11 @@ def pool(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("python -m extras.pool", None, about, allow_abbrev=False)
+    parser = command_parser("extras.pool", __doc__)
     kind = "folders of finished train_probe.py runs, each with another --test-fold"
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=kind)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for results.json, results.md")
-    run_command(pool, parser, argv)
+    run_action(pool, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

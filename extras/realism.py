@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 import selfmis
-from extras.detect import MINIMUM_CASES, run_command
+from extras import command_parser, run_action
+from extras.detect import MINIMUM_CASES
 from extras.evidence import print_table
 from extras.synthetic import INDEPENDENT, check_range, save_picture, synthesize
 from selfmis import LEADS, MI_TYPES, STATEMENTS, Records, UsageError, import_optional
@@ -59,8 +60,8 @@ class Measurements(NamedTuple):
 def find_r(ecg: np.ndarray) -> np.ndarray:
     """(12, T) mV at 500 Hz -> samples of the R peaks: the largest vector near each steep place.
 
-    By slope, as the baseline and a tall T have little of it; `evidence.median_beat` goes by size,
-    which finds beats enough for a median, but not each one, as RR needs.
+    By slope, as the baseline and a tall T have little of it; `evidence.find_median_beat` goes by
+    size, which finds beats enough for a median, but not each one, as RR needs.
     """
     signal = import_optional("scipy.signal", "finding beats")
     eight = ecg[EIGHT]
@@ -371,16 +372,13 @@ def run_realism(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m extras.realism", None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.realism", __doc__)
     add = parser.add_argument
     add("data", metavar="PTBXL", help="its folder")
     add("--fold", type=int, nargs="+", choices=range(1, 9), default=[8], help="default: 8")
     add("--records", type=int, metavar="N", help="at most N of these folds, drawn at random")
     add("--picture", metavar="OUT.png", help="draw median beats and spectra")
-    run_command(run_realism, parser, argv)
+    run_action(run_realism, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

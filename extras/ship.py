@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import selfmis
-from extras import devices, evidence
+from extras import command_parser, devices, evidence, run_action
 from extras.baselines import table1
-from extras.detect import WEIGHTS, run_command
+from extras.detect import WEIGHTS
 from selfmis import Records, UsageError
 
 RUNS = ("teacher-0", "clocs-resnet-1-0", "recorders-0", "recorders-0-probe")
@@ -62,17 +62,14 @@ def ship(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m extras.ship", None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.ship", __doc__)
     add = parser.add_argument
     add("data", metavar="PTBXL", help="a folder")
     add("--handheld", type=Path, required=True, metavar="FOLDER")
     add("--out", type=Path, default=Path("runs/table1"), help="of the runs (default: runs/table1)")
     add("--val-fold", type=int, default=9, help="default: 9")
     add("--test-fold", type=int, default=10, help="default: 10")
-    run_command(ship, parser, argv)
+    run_action(ship, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

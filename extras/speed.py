@@ -28,8 +28,8 @@ import torch
 
 import selfmis
 import train_probe
-from extras import speed_gpu
-from extras.detect import PROBE_KEYS, load_detector, run_command
+from extras import command_parser, run_action, speed_gpu
+from extras.detect import PROBE_KEYS, load_detector
 from extras.synthetic import synthesize
 from extras.timing import ALONE, LayeredResNet1D, count_macs, in_turns, input_spec, make_learner
 from extras.timing import median_seconds, peak_mib, train_step, write_records
@@ -252,14 +252,11 @@ def run_parts(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m extras.speed", None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.speed", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="which; default: all but gpu")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--mini", action="store_true", help="gpu: a tiny network, a few steps")
-    run_command(run_parts, parser, argv)
+    run_action(run_parts, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

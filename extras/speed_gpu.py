@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import selfmis
-from extras.detect import run_command
+from extras import command_parser, run_action
 from extras.timing import TINY, LayeredResNet1D, convolution_shapes, count_macs, input_spec
 from extras.timing import make_learner, median_seconds, train_step, wait_for
 from selfmis import AMP_DTYPES, SIZES, Ranks, ResNet1D, SameConv1d
@@ -336,14 +336,11 @@ def run_part(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m extras.speed_gpu", None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.speed_gpu", __doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--mini", action="store_true", help="a tiny network, a few steps")
-    run_command(run_part, parser, argv)
+    run_action(run_part, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ import torch
 
 import selfmis
 import train_probe
+from extras import command_parser, run_action
 from extras.baselines.gan import LEAD_I, Generator, UNetGenerator
 from extras.baselines.mcma import MCMAGenerator
-from extras.detect import run_command
 from extras.devices import embed_recordings
 from extras.evidence import MEANS, Scores, difference, print_table
 from extras.synthetic import CHART_MM, draw_chart, ecg_paper, save_picture
@@ -300,11 +300,7 @@ def chart(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    name = "python -m extras.baselines.generated"
-    parser = argparse.ArgumentParser(
-        name, None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.baselines.generated", __doc__)
     add = parser.add_argument
     add("part", choices=("make", "score", "chart"))
     add("sources", nargs="+", metavar="best.pt|fir|FOLDER", help="folders: of generated.npy")
@@ -316,7 +312,7 @@ def main(argv=None) -> None:
     add("--probe", help="of score: probe.pt of a twelve-lead encoder on --lead all")
     add("--picture", metavar="FILE", help="of score: draws V1 and the latents; of chart")
     parts = dict(make=make, score=score, chart=chart)
-    run_command(lambda flags: parts[flags.part](flags), parser, argv)
+    run_action(lambda flags: parts[flags.part](flags), parser.parse_args(argv))
 
 
 if __name__ == "__main__":

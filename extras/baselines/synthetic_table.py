@@ -24,9 +24,8 @@ from pathlib import Path
 import numpy as np
 
 import train_probe
-from extras import evidence
+from extras import command_parser, evidence, run_action
 from extras.baselines.table1 import add_flags, run_missing
-from extras.detect import run_command
 from extras.evidence import shared_flags
 from selfmis import UsageError, import_optional
 
@@ -207,11 +206,7 @@ def run_table(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    name = "python -m extras.baselines.synthetic_table"
-    parser = argparse.ArgumentParser(
-        name, None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.baselines.synthetic_table", __doc__)
     add_flags(parser, Path("runs/synthetic"))
     add = parser.add_argument
     add("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="default: all three")
@@ -225,7 +220,7 @@ def main(argv=None) -> None:
         default=3,
         help=f"runs of each share below {FEW} (default: 3)",
     )
-    run_command(run_table, parser, argv)
+    run_action(run_table, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

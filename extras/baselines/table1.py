@@ -20,8 +20,7 @@ import numpy as np
 
 import selfmis
 import train_probe
-from extras import evidence
-from extras.detect import run_command
+from extras import command_parser, evidence, run_action
 from extras.evidence import PROBE, shared_flags, with_seeds
 
 SMALL = "--size small --sample-rate 100"
@@ -217,16 +216,9 @@ def add_flags(parser: argparse.ArgumentParser, out: Path) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m extras.baselines.table1",
-        None,
-        __doc__,
-        allow_abbrev=False,
-        formatter_class=layout,
-    )
+    parser = command_parser("extras.baselines.table1", __doc__)
     add_flags(parser, Path("runs/table1"))
-    run_command(run_table, parser, argv)
+    run_action(run_table, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ same.  Draws OUT/generated.png.
 import argparse
 from pathlib import Path
 
-from extras import evidence
+from extras import command_parser, evidence, run_action
 from extras.baselines import generated
 from extras.baselines.table1 import BF16, FIRST, add_flags, run_missing
-from extras.detect import run_command
 from extras.evidence import PROBE, shared_flags
 
 GENERATIVE = ("pix2pix", "cyclegan", "ekgan", "mcma", "mcma-1", "mcma-2")  # method and seed
@@ -56,13 +55,9 @@ def run_table(flags: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    layout = argparse.RawDescriptionHelpFormatter
-    name = "python -m extras.baselines.table2"
-    parser = argparse.ArgumentParser(
-        name, None, __doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = command_parser("extras.baselines.table2", __doc__)
     add_flags(parser, Path("runs/table1"))
-    run_command(run_table, parser, argv)
+    run_action(run_table, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
