@@ -1,6 +1,6 @@
 """The methods of extras/baselines and their settings, by the names of their files."""
 
-from extras.baselines import clocs, heartlang, simclr, st_mem, three_kg, w2v_cmsc, wav2vec2
+from extras.baselines import clocs, crops, heartlang, simclr, st_mem, three_kg, w2v_cmsc, wav2vec2
 from extras.baselines import cyclegan, ekgan, mcma, pix2pix, synthetic_pretraining
 
 METHODS = {
@@ -11,6 +11,7 @@ METHODS = {
     "w2v_cmsc": (w2v_cmsc.W2VCMSC, w2v_cmsc.W2VCMSCConfig),
     "st_mem": (st_mem.STMEM, st_mem.STMEMConfig),
     "heartlang": (heartlang.HeartLang, heartlang.HeartLangConfig),
+    "crops": (crops.Crops, crops.CropsConfig),
     "synthetic_pretraining": (
         synthetic_pretraining.SyntheticPretraining,
         synthetic_pretraining.SyntheticPretrainingConfig,

@@ -5,11 +5,13 @@ change, half of each lead is blank) is not repeated here.
 """
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from extras.baselines import crops
 from extras.baselines.common import INDEPENDENT, generator, recompute_limbs
 from extras.baselines.simclr import MILD, PUBLISHED, augment, blank_leads
 from extras.baselines.three_kg import DOWER as FROM_DIPOLE
@@ -43,6 +45,25 @@ def views(draw, ecg):
     mild, published = (augment(ecg, draw, 500, strength) for strength in (MILD, PUBLISHED))
     turned = [turn(ecg, *random_turn(len(ecg), draw), published=p) for p in (False, True)]
     return [mild, published, *turned, blank_leads(ecg, draw), blank_half(ecg, draw)]
+
+
+def test_a_crop_is_half_of_the_scored_lead_at_another_gain_in_each_record():
+    """What the network of crops.py sees, against every half that there is."""
+    method = crops.Crops(crops.CropsConfig(size="small"))
+    ecg, labels = torch.randn(6, 12, 60, generator=generator(0)), torch.ones(6, 44)
+    method.encoder.forward = seen = mock.Mock(return_value=torch.zeros(6, 512))
+    method(ecg, None, generator(1), labels)
+    (view,) = seen.call_args.args
+    gains, starts = [], []
+    for half, record in zip(view, ecg, strict=True):
+        scored = (record[0] - record[0].mean()) / record[0].std(correction=0)
+        halves = scored.unfold(0, 30, 1)  # (31, 30)
+        gain = (halves @ half[0]) / halves.square().sum(1)  # (31,) least squares
+        errors = (half - gain[:, None] * halves).square().sum(1)
+        assert errors.min() < 1e-9
+        starts.append(int(errors.argmin()))
+        gains.append(float(gain[starts[-1]]))
+    assert len(set(starts)) > 2 and len(set(gains)) == 6 and 0.4 < min(gains) < max(gains) < 2.5
 
 
 # --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import selfmis
 import train_probe
 from extras import evidence
 from extras.baselines import common, synthetic_pretraining, synthetic_table
+from extras.baselines.losses import statement_loss
 from extras.baselines.common import generator, zscore
 from extras.baselines.synthetic_pretraining import PatchRecurrent, SyntheticPretraining
 from extras.baselines.synthetic_pretraining import SyntheticPretrainingConfig, TokenTransformer
@@ -224,12 +225,11 @@ def test_what_does_not_fit_is_refused(flags, sentence):
 
 
 def test_records_without_labels_do_not_count_in_the_classification():
-    method, embedding = make(network="gru", alpha=0.0), normal(4, 512)
-    labels = some_labels(4)
+    logits, labels = normal(4, 44), some_labels(4)
     labels[2:] = 0
-    both = method.classification(embedding, labels)
-    assert torch.allclose(both, method.classification(embedding[:2], labels[:2]))
-    assert method.classification(embedding, torch.zeros(4, 44)) == 0
+    both = statement_loss(logits, labels)
+    assert torch.allclose(both, statement_loss(logits[:2], labels[:2]))
+    assert statement_loss(logits, torch.zeros(4, 44)) == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -303,11 +303,11 @@ def test_records_without_any_label_are_refused(tmp_path):
 
 def test_the_labels_are_those_of_the_batch(tmp_path, ptbxl, tiny_networks, monkeypatch):
     read = spy(monkeypatch, common.BaselineTraining, "patients")
-    classified = spy(monkeypatch, SyntheticPretraining, "classification")
+    trained = spy(monkeypatch, SyntheticPretraining, "forward")
     synthetic_pretraining.main(settings(tmp_path, ptbxl, network="gru", epochs=1))
     records = selfmis.find_records(str(ptbxl), sample_rate_hz=100)
     assert len(read) == 9  # eight steps, one batch that validates
-    for ((_, rows), _), ((_, _, labels), _) in zip(read, classified, strict=True):
+    for ((_, rows), _), ((*_, labels), _) in zip(read, trained, strict=True):
         assert np.array_equal(records.labels[rows], labels.numpy())
 
 

@@ -1,4 +1,4 @@
-"""Contrastive losses, and the embeddings of all processes for them."""
+"""Contrastive losses, the embeddings of all processes for them, and that of statements."""
 
 import torch
 import torch.distributed as dist
@@ -78,3 +78,13 @@ def patient_nt_xent(z: torch.Tensor, patients: torch.Tensor) -> torch.Tensor:
     losses = F.softplus(others - logits)  # -log of e^own / (e^own + sum of others)
     is_pair = is_same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     return torch.where(is_pair, losses, 0).sum() / is_pair.sum()
+
+
+def statement_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy, a sum over statements, mean of the records that have one.
+
+    logits, labels: (B, 44).  A mean over statements would have gradients as small as AdamW's eps.
+    """
+    errors = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none").sum(1)
+    is_labelled = labels.any(1)  # (B,)
+    return (errors * is_labelled).sum() / is_labelled.sum().clamp_min(1)

@@ -11,9 +11,9 @@ so that no lead gives another away.  With a = --alpha the loss is
 
     a * squared error of the masked patches + (1 - a) * cross-entropy of the 44 statements,
 
-both from the same masked input: a mean over samples and a sum over statements, for the gradient of
-a mean over statements would be as small as AdamW's eps.  1 is masked autoencoding, for which no
-label is read, 0 supervision alone, the control that tells whether filling holes does anything.
+both from the same masked input: a mean over samples, a sum over statements.  1 is masked
+autoencoding, for which no label is read, 0 supervision alone, the control that tells whether
+filling holes does anything.
 --data may name real records instead; those without a statement count in the first term only.
 
 To a probe nothing is masked, and the embedding is the mean of the tokens.  --untrained writes a
@@ -25,12 +25,12 @@ import dataclasses
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import selfmis
 import train_pretrain
 from extras.baselines import common
 from extras.baselines.common import BaselineConfig, BaselineTraining, Method, to_view, zscore
+from extras.baselines.losses import statement_loss
 from extras.baselines.st_mem import make_layers, time_code
 from extras.baselines.transformer import Encoder
 from selfmis import SIZES, STATEMENTS, ResNet1D, UsageError, flag
@@ -179,7 +179,7 @@ class SyntheticPretraining(Method):
     def forward(self, ecg, patients, draw, labels=None):
         view = zscore(to_view(ecg, self.config.leads))  # (B, L, 1000)
         if isinstance(self.encoder, ResNet1D):
-            return self.classification(self.encoder(view), labels), {}
+            return statement_loss(self.classify(self.encoder(view)), labels), {}
         patches = self.encoder.patches(view)  # (B, 50, L * 20)
         is_masked = random_mask(len(patches), draw).to(patches.device)  # (B, 50)
         tokens = torch.where(is_masked[..., None], self.hole, self.encoder.embed(patches))
@@ -191,16 +191,10 @@ class SyntheticPretraining(Method):
             numbers["reconstruction"] = errors[is_masked].mean()
             loss = loss + alpha * numbers["reconstruction"]
         if alpha < 1:
-            numbers["classification"] = self.classification(tokens.float().mean(1), labels)
+            logits = self.classify(tokens.float().mean(1))  # (B, 44)
+            numbers["classification"] = statement_loss(logits, labels)
             loss = loss + (1 - alpha) * numbers["classification"]
         return loss, numbers
-
-    def classification(self, embedding: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy, mean of the records that have a label: (B, D), (B, 44) -> a scalar."""
-        logits = self.classify(embedding).float()  # (B, 44)
-        errors = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(1)  # (B,)
-        is_labelled = labels.any(1)
-        return (errors * is_labelled).sum() / is_labelled.sum().clamp_min(1)
 
     @staticmethod
     def next_command(run: BaselineTraining) -> str:

@@ -38,6 +38,7 @@ FIRST = (
     ("random-#", 3, f"{PROBE} random --lead I {SMALL}"),
     ("scratch-#", 3, f"{SUPERVISED} --lead I"),
     ("scratch-#-frozen", 3, f"{PROBE} @scratch-#"),
+    ("crops-#", 3, f"extras.baselines.crops {BF16}"),
     ("teacher-#", 1, f"{SUPERVISED} --lead all"),
     ("clocs-resnet-12-#", 3, f"{CLOCS} {BF16} {RESNET} --leads 12"),
     ("clocs-resnet-1-#", 3, f"{CLOCS} {BF16} {RESNET} --leads 1"),
@@ -134,6 +135,7 @@ ROWS = (
     Row("CLOCS, 4 epochs", "lead I", "ResNet1D", "none", ["clocs-resnet-1-4epochs-0-probe"]),
     Row("CLOCS, self-cut", "both", "ResNet1D", "none", with_seeds("clocs-resnet-cut-#-probe")),
     Row("supervised", "lead I", "ResNet1D", "all", with_seeds("scratch-#-frozen")),
+    Row("supervised, halves", "lead I", "ResNet1D", "all", with_seeds("crops-#-probe")),
     Row("SelfMIS, Eq. (3)", "both", "ResNet1D", "teacher's", with_seeds("paper-#-probe"), "82.6"),
     Row("SelfMIS, InfoNCE", "both", "ResNet1D", "teacher's", SELFMIS),
     Row(

@@ -1,0 +1,54 @@
+"""Supervised on random halves: what lead I gives to labels alone, without a second view.
+
+    python -m extras.baselines.crops --data ptb-xl --sample-rate 100 --size small --out runs/crops
+
+As train_probe.py --finetune from random weights, but a record is never seen twice as it was: each
+epoch shows another five seconds of it at another gain.  Sixteen epochs of halves cost as much as
+the eight of whole records that all methods of the benchmark have.  Not in the paper, whose
+supervised rows see whole records.  No fold chooses an epoch: the weights are those of the last.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn as nn
+
+from extras.baselines.common import PUBLISHED_BUDGET, SMALL_BUDGET, BaselineConfig, Method
+from extras.baselines.common import random_segment, run_baseline, to_view, zscore
+from extras.baselines.losses import statement_loss
+from selfmis import SIZES, STATEMENTS, ResNet1D, flag
+
+GAIN = 0.2  # deviation of its logarithm
+
+
+@dataclasses.dataclass
+class CropsConfig(BaselineConfig):
+    out: str = flag("runs/crops", "folder of the run", metavar="DIR")
+    size: str | None = flag(None, "small; default: as large as ECGFounder", choices=("small",))
+    leads: int = flag(1, "what it sees: lead I, or twelve leads", choices=(1, 12))
+
+
+class Crops(Method):
+    """Cross-entropy of the 44 statements of a random half."""
+
+    small = SMALL_BUDGET | dict(epochs=16, lr=1e-3)
+    published = PUBLISHED_BUDGET | dict(epochs=16, lr=5e-4)
+    uses_labels = True
+
+    def __init__(self, config: CropsConfig) -> None:
+        super().__init__(config)
+        self.classify = nn.Linear(self.encoder.embedding_dim, len(STATEMENTS))
+
+    @staticmethod
+    def make_encoder(config: CropsConfig) -> ResNet1D:
+        return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
+
+    def forward(self, ecg, patients, draw, labels):
+        whole = zscore(to_view(ecg, self.config.leads))  # (B, L, T)
+        gain = torch.exp(GAIN * torch.randn(len(whole), 1, 1, generator=draw))
+        half = random_segment(whole, draw) * gain.to(whole)  # (B, L, T / 2)
+        return statement_loss(self.classify(self.encoder(half)), labels), {}
+
+
+if __name__ == "__main__":
+    run_baseline(Crops, CropsConfig, __doc__)
