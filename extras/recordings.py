@@ -437,6 +437,8 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads) -> list[str]:
         noise = noise_level(x, sample_rate_hz)
         if span > 0 and noise > 0.08 * span:
             sentences.append(f"is noisy: {1000 * noise:.0f} uV of noise in {span:.2f} mV")
+        elif beats_differ(x, sample_rate_hz):
+            sentences.append("is noisy: what changes from beat to beat is larger than the beat")
         if lead == "I" and points_down(x, sample_rate_hz):  # others point down in healthy people
             remedy = "the arm electrodes may be swapped, or a watch worn on the other wrist"
             sentences.append(f"points down: {remedy}")
@@ -481,12 +483,41 @@ def skewness(x: np.ndarray) -> float:
     return float((x**3).mean() / max(1e-12, (x**2).mean()) ** 1.5)
 
 
+def without_wander(x: np.ndarray, sample_rate_hz: float) -> np.ndarray:
+    """At 100 Hz, with 0 at the median of the 0.6 s around."""
+    signal = selfmis.import_optional("scipy.signal", "checking a recording")
+    x = selfmis.resample(x[None], sample_rate_hz, 100)[0]
+    return x - signal.medfilt(x, 61)
+
+
+def beats_differ(x: np.ndarray, sample_rate_hz: float) -> bool:
+    """Is half of the beats further from the median beat than that is from its mean?
+
+    Not by an irregular rhythm, whose beats are alike.  False if there are fewer than three.
+    """
+    if len(x) <= sample_rate_hz:
+        return False
+    signal = selfmis.import_optional("scipy.signal", "checking a recording")
+    x = without_wander(x, sample_rate_hz)
+    slope = smooth(np.gradient(x) ** 2, 11)
+    parts = np.array_split(slope, max(1, len(x) // 200))  # of two seconds, which hold a beat
+    highest = np.median([part.max() for part in parts])  # one of five may be an artefact
+    peaks, _ = signal.find_peaks(slope, height=highest / 4, distance=25)
+    starts = np.maximum(0, peaks - 8)
+    r = np.array([start + np.abs(x[start : start + 16]).argmax() for start in starts], int)
+    r = r[(r >= 25) & (r + 45 <= len(x))]
+    if len(r) < 3:
+        return False
+    beats = np.array([x[i - 25 : i + 45] for i in r])  # 250 ms before R to 450 ms after it
+    beats = beats - beats.mean(1, keepdims=True)
+    median_beat = np.median(beats, axis=0)
+    return bool(np.median((beats - median_beat).std(1)) > median_beat.std())
+
+
 def points_down(x: np.ndarray, sample_rate_hz: float) -> bool:
     """By the skewness of the QRS complex and of the slower waves, P and T."""
     if len(x) <= sample_rate_hz:
         return False
-    signal = selfmis.import_optional("scipy.signal", "checking a recording")
-    beats = selfmis.resample(x[None], sample_rate_hz, 100)[0]
-    beats = beats - signal.medfilt(beats, 61)
+    beats = without_wander(x, sample_rate_hz)
     slow = smooth(beats, 9)
     return skewness(beats - slow) + skewness(slow) / 2 < 0

@@ -13,7 +13,7 @@ Table 1, ECGFounder, comes trained:
 Table 2's four, pix2pix, cyclegan, ekgan and mcma, make eleven leads out of lead I; they are trained
 in the same way, and generated.py writes and scores what they make.
 
-Beside them crops, the strongest training on labels alone, and synthetic_pretraining, the second
+Beside them crops, supervised training on random halves, and synthetic_pretraining, the second
 half of arXiv 2506.23259: pre-training on synthetic records, with their labels or without, for
 fine-tuning on few real ones.
 
