@@ -192,14 +192,16 @@ def print_alarms(flags: argparse.Namespace) -> None:
         lines.append([label, int(group.sum()), *shares])
     print_table("Warnings of detect", lines)
 
-    lines = [["detector", "label", "positive", "of those that point up", "that point down"]]
+    lines = [
+        ["detector", "label", "positive", "of those not noisy", "pointing up", "pointing down"]
+    ]
     for row, paths in map(named, flags.probe):
         is_positive = np.mean([positives(path, signals) for path in paths], 0)  # over seeds
         for label, group in groups.items():
-            parts = (group, group & ~points_down, group & points_down)
+            parts = (group, group & ~is_noisy, group & ~points_down, group & points_down)
             lines.append([row, label, *(share(is_positive[part]) for part in parts)])
         for group, rate in rates_at_home(paths).items():
-            lines.append([row, f"validation fold: {group}", f"{rate:.1%}", "", ""])
+            lines.append([row, f"validation fold: {group}", f"{rate:.1%}", "", "", ""])
     print_table('Called "any infarct" at a specificity of 90 % on the validation fold', lines)
 
 

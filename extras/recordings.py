@@ -438,7 +438,7 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads) -> list[str]:
         if span > 0 and noise > 0.08 * span:
             sentences.append(f"is noisy: {1000 * noise:.0f} uV of noise in {span:.2f} mV")
         elif beats_differ(x, sample_rate_hz):
-            sentences.append("is noisy: what changes from beat to beat is larger than the beat")
+            sentences.append("is noisy: beats differ more than they are large; record it again")
         if lead == "I" and points_down(x, sample_rate_hz):  # others point down in healthy people
             remedy = "the arm electrodes may be swapped, or a watch worn on the other wrist"
             sentences.append(f"points down: {remedy}")

@@ -901,7 +901,7 @@ DEFECTS = {
     "volts": (lambda x, rate: x / 1000, "--unit"),
     "mains": (with_mains, "noisy"),
     "muscle": (with_muscle, "noisy"),
-    "motion": (with_motion, "from beat to beat is larger than the beat"),
+    "motion": (with_motion, "noisy: beats differ more than they are large"),
 }
 
 
