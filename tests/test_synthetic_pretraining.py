@@ -370,8 +370,8 @@ def test_every_command_has_flags_that_exist_and_needs_earlier_runs_only():
         assert f"{network}-{weights}" in PRETRAINING and config.out == f"runs/{run}"
         assert config.finetune and config.data == ["ptb-xl"] and config.lr == 5e-4
         assert (config.fractions, config.seed) == ([float(share)], int(seed))
-    # Two networks of six starts and one of two, with nine runs of the small shares and three more.
-    assert len(FINETUNING) == (2 * 6 + 2) * (3 * 3 + 3)
+    # Two networks of six starts, one of three; nine runs of the small shares and three more.
+    assert len(FINETUNING) == (2 * 6 + 3) * (3 * 3 + 3)
 
 
 @pytest.mark.parametrize("share", synthetic_table.SHARES)

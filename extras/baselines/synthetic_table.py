@@ -57,7 +57,7 @@ STARTS = {
 
 def starts_of(network: str) -> tuple[str, ...]:
     """The ResNet has no tokens to mask."""
-    return ("scratch", "labels") if network == "resnet" else tuple(STARTS)
+    return ("scratch", "longer", "labels") if network == "resnet" else tuple(STARTS)
 
 
 def pretraining_runs(networks: list[str], shared: list[str], out: Path) -> dict[str, list[str]]:
