@@ -429,19 +429,27 @@ def time_rate(names: list[str], numbers) -> tuple[float | None, list[str]]:
 
 
 def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads) -> list[str]:
-    """What looks wrong with (L, T) in mV, a sentence each. Limits are from PTB-XL, folds 1-8."""
+    """What looks wrong with (L, T) in mV, a sentence each.
+
+    Limits are from PTB-XL, folds 1-8, but for that of `beats_differ`, which is not fitted.
+    """
     warnings = []
     for lead, x in zip(leads, ecg, strict=True):
         sentences = check_amplitude(x, sample_rate_hz)
+        is_whole = not sentences
         span = np.ptp(np.quantile(x, [0.005, 0.995]))
         noise = noise_level(x, sample_rate_hz)
         if span > 0 and noise > 0.08 * span:
             sentences.append(f"is noisy: {1000 * noise:.0f} uV of noise in {span:.2f} mV")
-        elif beats_differ(x, sample_rate_hz):
-            sentences.append("is noisy: beats differ more than they are large; record it again")
-        if lead == "I" and points_down(x, sample_rate_hz):  # others point down in healthy people
-            remedy = "the arm electrodes may be swapped, or a watch worn on the other wrist"
-            sentences.append(f"points down: {remedy}")
+            is_whole = False
+        if lead == "I" and len(x) > sample_rate_hz:
+            x = without_wander(x, sample_rate_hz)
+            if is_whole and beats_differ(x):
+                reason = "they differ more than they are large"
+                sentences.append(f"is noisy or has beats of two kinds: {reason}; record it again")
+            if points_down(x):  # other leads do in healthy people
+                remedy = "the arm electrodes may be swapped, or a watch worn on the other wrist"
+                sentences.append(f"points down: {remedy}")
         warnings += [f"lead {lead} {sentence}" for sentence in sentences]
     return warnings
 
@@ -490,34 +498,34 @@ def without_wander(x: np.ndarray, sample_rate_hz: float) -> np.ndarray:
     return x - signal.medfilt(x, 61)
 
 
-def beats_differ(x: np.ndarray, sample_rate_hz: float) -> bool:
-    """Is half of the beats further from the median beat than that is from its mean?
-
-    Not by an irregular rhythm, whose beats are alike.  False if there are fewer than three.
-    """
-    if len(x) <= sample_rate_hz:
-        return False
+def find_beats(x: np.ndarray) -> np.ndarray:
+    """(T,) at 100 Hz -> (N, 70), from 250 ms before each R to 450 ms after it, 0 in the mean."""
     signal = selfmis.import_optional("scipy.signal", "checking a recording")
-    x = without_wander(x, sample_rate_hz)
     slope = smooth(np.gradient(x) ** 2, 11)
-    parts = np.array_split(slope, max(1, len(x) // 200))  # of two seconds, which hold a beat
+    parts = np.array_split(slope, max(1, len(x) // 200))  # of two seconds or more: each has a beat
     highest = np.median([part.max() for part in parts])  # one of five may be an artefact
-    peaks, _ = signal.find_peaks(slope, height=highest / 4, distance=25)
+    peaks, _ = signal.find_peaks(slope, height=highest / 4, distance=25)  # half as steep
     starts = np.maximum(0, peaks - 8)
-    r = np.array([start + np.abs(x[start : start + 16]).argmax() for start in starts], int)
-    r = r[(r >= 25) & (r + 45 <= len(x))]
-    if len(r) < 3:
+    r = [start + np.abs(x[start : start + 16]).argmax() for start in starts]
+    beats = [x[i - 25 : i + 45] for i in r if 25 <= i <= len(x) - 45]
+    beats = np.reshape(beats, (-1, 70))
+    return beats - beats.mean(1, keepdims=True)
+
+
+def beats_differ(x: np.ndarray) -> bool:
+    """Whether half of the beats differ from the median beat by more than its own deviation.
+
+    x: (T,) at 100 Hz.  A rhythm that is only irregular has beats that are alike; where every second
+    beat is an extra one they are not.  False below three beats.
+    """
+    beats = find_beats(x)  # (N, 70)
+    if len(beats) < 3:
         return False
-    beats = np.array([x[i - 25 : i + 45] for i in r])  # 250 ms before R to 450 ms after it
-    beats = beats - beats.mean(1, keepdims=True)
     median_beat = np.median(beats, axis=0)
     return bool(np.median((beats - median_beat).std(1)) > median_beat.std())
 
 
-def points_down(x: np.ndarray, sample_rate_hz: float) -> bool:
-    """By the skewness of the QRS complex and of the slower waves, P and T."""
-    if len(x) <= sample_rate_hz:
-        return False
-    beats = without_wander(x, sample_rate_hz)
-    slow = smooth(beats, 9)
-    return skewness(beats - slow) + skewness(slow) / 2 < 0
+def points_down(x: np.ndarray) -> bool:
+    """By the skewness of the QRS complex and of the slower waves, P and T; x: (T,) at 100 Hz."""
+    slow = smooth(x, 9)
+    return skewness(x - slow) + skewness(slow) / 2 < 0

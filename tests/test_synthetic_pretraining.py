@@ -15,8 +15,8 @@ import selfmis
 import train_probe
 from extras import evidence
 from extras.baselines import common, synthetic_pretraining, synthetic_table
-from extras.baselines.losses import statement_loss
 from extras.baselines.common import generator, zscore
+from extras.baselines.losses import statement_loss
 from extras.baselines.synthetic_pretraining import PatchRecurrent, SyntheticPretraining
 from extras.baselines.synthetic_pretraining import SyntheticPretrainingConfig, TokenTransformer
 from extras.baselines.synthetic_pretraining import random_mask
@@ -381,11 +381,12 @@ def test_all_starts_have_twenty_epochs_and_longer_the_steps_of_pre_training_on_t
         flags = synthetic_table.schedule(share, start)
         config = configs[start] = selfmis.parse_flags(train_probe.ProbeConfig, "", SHARED + flags)
         steps = len(train_probe.share_of(np.arange(15_000), share, 0)) // config.batch_size
+        assert config.patience == 20
         if start == "longer":
             more = config.epochs - configs["scratch"].epochs
             assert 944 <= steps * more < 944 + steps
             continue
-        assert config.epochs == config.patience == 20 and steps * config.epochs >= 360
+        assert config.epochs == 20 and steps * config.epochs >= 360
         assert config == configs["scratch"]
 
 

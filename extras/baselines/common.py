@@ -48,9 +48,9 @@ class BaselineConfig(Config):
     leads: int = flag(
         12, "what it sees: twelve leads, as published, or lead I alone", choices=(1, 12)
     )
-    epochs: int | None = flag(None, "passes over the records (small: 8, else as published)")
+    epochs: int | None = flag(None, "passes over the records (small: 8 in most, else as published)")
     batch_size: int | None = flag(None, "records of one process (small: 128, else as published)")
-    lr: float | None = flag(None, "peak rate, cosine to 0 (small: 5e-4, else as published)")
+    lr: float | None = flag(None, "peak rate, cosine to 0 (small: 5e-4 in most, else as published)")
     warmup: int | None = flag(None, "steps of linear warm-up (small: 50, else of the method)")
     weight_decay: float | None = flag(None, "of AdamW (small: 0.01, else as published)")
     val_records: int = flag(5000, "the last N records of a list without folds validate")

@@ -1,4 +1,4 @@
-"""Contrastive losses, the embeddings of all processes for them, and that of statements."""
+"""Contrastive losses with the embeddings of all processes, and the loss of statements."""
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,7 @@ def patient_nt_xent(z: torch.Tensor, patients: torch.Tensor) -> torch.Tensor:
 
 
 def statement_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy, a sum over statements, mean of the records that have one.
+    """Cross-entropy: its sum over statements, its mean over records that have any statement.
 
     logits, labels: (B, 44).  A mean over statements would have gradients as small as AdamW's eps.
     """

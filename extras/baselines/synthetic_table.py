@@ -40,7 +40,7 @@ RECORDS = 15_000  # about, of folds 1 to 7, whose labels are shared out
 PRETRAINING_STEPS = 8 * (15_200 // 128)
 
 # What the table calls each start, and the flags that make its weights.
-SCRATCH, LONGER = "from scratch", "from scratch, as many steps in all"
+SCRATCH, LONGER = "from scratch", "from scratch, up to as many steps in all"
 STARTS = {
     "scratch": (SCRATCH, "--untrained --alpha 0"),
     "longer": (LONGER, ""),  # begins where scratch does
@@ -56,7 +56,7 @@ STARTS = {
 
 
 def starts_of(network: str) -> tuple[str, ...]:
-    """The ResNet has no tokens to mask."""
+    """The starts of a network; the ResNet has no tokens to mask."""
     return ("scratch", "longer", "labels") if network == "resnet" else tuple(STARTS)
 
 
@@ -133,7 +133,8 @@ def print_network(out: Path, network: str, shares: list[float], seeds: int) -> d
     lines[0] += ["six minus scratch", "44 minus scratch"]
     curves = {}
     for share in shares:
-        scratch = evidence.scores(out, tuple(names(network, "scratch", share, seeds)), "finetune")
+        scratch_runs = names(network, "scratch", share, seeds)
+        scratch = evidence.scores(out, tuple(scratch_runs), "finetune")
         for start in starts_of(network):
             runs = names(network, start, share, seeds)
             own = evidence.scores(out, tuple(runs), "finetune")
@@ -141,7 +142,7 @@ def print_network(out: Path, network: str, shares: list[float], seeds: int) -> d
                 continue
             title, _ = STARTS[start]
             other = None if start == "scratch" else scratch
-            if other is not None and len(other.sixes) != len(own.sixes):
+            if seeds_there(out, runs) != seeds_there(out, scratch_runs):
                 other = None  # they would be those of other shares
             count = labelled_records(out, runs)
             six = own.cell("six")
@@ -156,6 +157,12 @@ def print_network(out: Path, network: str, shares: list[float], seeds: int) -> d
     if curves:
         evidence.print_table(f"Synthetic pre-training, {network}", lines)
     return curves
+
+
+def seeds_there(out: Path, runs: list[str]) -> list[str]:
+    """The ends of the names of those runs that are finished."""
+    finished = [run for run in runs if (out / run / "predictions.npz").exists()]
+    return [run.rpartition("-")[2] for run in finished]
 
 
 def labelled_records(out: Path, runs: list[str]) -> int:

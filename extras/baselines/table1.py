@@ -3,8 +3,9 @@
     python -m extras.baselines.table1 PTBXL --val-fold 8 --test-fold 9 --out runs/table1
     python -m extras.baselines.table1 PTBXL --val-fold 8 --test-fold 9 --out runs/table1 --tables
 
-PTB-XL at 100 Hz, `small` networks, eight epochs in bf16, one probe for all.  --jobs runs at once,
-of one thread each; some fifteen core-hours.  What was cut off goes on, what is finished stays.
+PTB-XL at 100 Hz, `small` networks, eight epochs (sixteen of halves) in bf16, one probe for all.
+--jobs runs at once, of one thread each; some fifteen core-hours.  What was cut off goes on, what is
+finished stays.
 SelfMIS and what runs on ResNet1D have three seeds and a rate of 1e-3, the published networks one
 seed and 5e-4 (ST-MEM 1e-3); no rate was searched for.  A difference is that of the means of seeds.
 Minutes are those of the run itself, without its teacher's or its start's.
