@@ -396,7 +396,8 @@ def test_table_and_picture_show_what_is_there(tmp_path, ptbxl, tiny_networks, ca
     more = dict(finetune=True, fractions=[0.5], val_fold=8, test_fold=9)
     for run, epochs in (("gru-scratch-0.01-0", 1), ("gru-labels-0.01-0", 2)):
         train_probe.main(probe(tmp_path, ptbxl, out=str(out / run), epochs=epochs, **more))
-    for start in ("scratch", "labels"):
+    shutil.copytree(out / "gru-scratch-0.01-0", out / "gru-longer-0.01-0")
+    for start in ("scratch", "labels", "longer"):
         shutil.copytree(out / f"gru-{start}-0.01-0", out / f"gru-{start}-0.01-2")
     shutil.copytree(out / "gru-labels-0.01-0", out / "gru-joint-0.01-0")  # of one seed only
     evidence.scores.cache_clear()
@@ -404,9 +405,11 @@ def test_table_and_picture_show_what_is_there(tmp_path, ptbxl, tiny_networks, ca
     synthetic_table.main([str(ptbxl), "--out", str(out), "--tables"])
     text = capsys.readouterr().out
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| 32 ")]
-    scratch, joint, labels = ([cell.strip() for cell in row] for row in rows)
-    assert scratch[:3] == ["32", "from scratch", "2"] and scratch[6:] == ["", ""]
-    assert joint[2] == "1" and joint[6:] == ["", ""]  # no difference to other shares of the labels
+    scratch, longer, joint, labels = ([cell.strip() for cell in row] for row in rows)
+    assert scratch[:3] == ["32", "from scratch", "2"]
+    assert [cell[:6] for cell in scratch[6:]] == ["", "", "+0.000", "+0.000"]
+    assert [cell[:6] for cell in longer[6:]] == ["+0.000", "+0.000", "", ""]
+    assert joint[2] == "1" and joint[6:] == [""] * 4  # no difference to other shares of the labels
     assert labels[3].endswith(" ± 0.000")
     assert labels[:3] == ["32", "synthetic, labels (a = 0)", "2"]
     results = {}
@@ -419,6 +422,7 @@ def test_table_and_picture_show_what_is_there(tmp_path, ptbxl, tiny_networks, ca
     for group, cell in (("six", labels[6]), ("diagnostic", labels[7])):
         difference = results["labels"][group]["mean"] - results["scratch"][group]["mean"]
         assert float(cell[:6]) == pytest.approx(difference, abs=1e-3)
+    assert labels[8:] == labels[6:8]
     assert (out / "synthetic.png").stat().st_size > 5000
     assert "transformer" not in text
     with pytest.raises(SystemExit):

@@ -131,32 +131,38 @@ def print_network(out: Path, network: str, shares: list[float], seeds: int) -> d
     """The table of what is there; {start: [(number of labelled records, 44-mean)]}."""
     lines = [["labelled records", "start", "seeds", "six", "MI against NORM", "44"]]
     lines[0] += ["six minus scratch", "44 minus scratch"]
+    lines[0] += ["six minus as many steps", "44 minus as many steps"]
     curves = {}
     for share in shares:
-        scratch_runs = names(network, "scratch", share, seeds)
-        scratch = evidence.scores(out, tuple(scratch_runs), "finetune")
         for start in starts_of(network):
             runs = names(network, start, share, seeds)
             own = evidence.scores(out, tuple(runs), "finetune")
             if own is None:
                 continue
             title, _ = STARTS[start]
-            other = None if start == "scratch" else scratch
-            if seeds_there(out, runs) != seeds_there(out, scratch_runs):
-                other = None  # they would be those of other shares
             count = labelled_records(out, runs)
             six = own.cell("six")
             if len(own.sixes) > 1:
                 six += f" ± {np.std(own.sixes, ddof=1):.3f}"
             line = [f"{count:,}", title, len(own.sixes), six]
             line += [against_normal(out, runs), own.cell("diagnostic")]
-            line += [evidence.difference(own, other, group) for group in ("six", "diagnostic")]
+            for other in ("scratch", "longer"):
+                line += differences(out, runs, names(network, other, share, seeds))
             lines.append(line)
             mean = train_probe.group_means(own.auc)["diagnostic"]
             curves.setdefault(title, []).append((count, mean))
     if curves:
         evidence.print_table(f"Synthetic pre-training, {network}", lines)
     return curves
+
+
+def differences(out: Path, runs: list[str], others: list[str]) -> list[str]:
+    """Of six-means and 44-means, paired; empty unless the same seeds (and shares) are there."""
+    own = evidence.scores(out, tuple(runs), "finetune")
+    other = evidence.scores(out, tuple(others), "finetune")
+    if runs == others or seeds_there(out, runs) != seeds_there(out, others):
+        other = None
+    return [evidence.difference(own, other, group) for group in ("six", "diagnostic")]
 
 
 def seeds_there(out: Path, runs: list[str]) -> list[str]:
