@@ -191,6 +191,9 @@ def draw_curves(curves: dict[str, dict[str, list]], path: Path) -> None:
             counts = [count for count, _ in points]
             means = [mean for _, mean in points]
             axes.plot(counts, means, "o-", color=colours[title], label=title)
+        shown = sorted({count for points in lines.values() for count, _ in points})
+        axes.set_xticks(shown, [f"{count:,}" for count in shown])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("mean AUC of 44 statements")
     handles = {
@@ -198,7 +201,9 @@ def draw_curves(curves: dict[str, dict[str, list]], path: Path) -> None:
         for axes in panels
         for line, title in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=len(curves), frameon=False
+    )
     figure.savefig(path, dpi=150)
 
 
