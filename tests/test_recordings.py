@@ -1014,5 +1014,6 @@ def test_swapped_arms_are_noticed_on_real_records_and_false_alarms_are_rare(rate
     print(f"\n{read} {kind} records at {rate} Hz: {noticed} swapped arms noticed; without: {each}")
     assert noticed >= (0.95 if kind == "NORM" else 0.85) * read
     assert counts["points down"] <= max(1, (0.02 if kind == "NORM" else 0.15) * read)
-    assert counts["noisy"] <= max(2, 0.03 * read)
+    # After an infarct more hearts have extra beats.
+    assert counts["noisy"] <= max(2, (0.02 if kind == "NORM" else 0.05) * read)
     assert all(counts[word] <= max(1, 0.015 * read) for word in words[2:])
