@@ -436,18 +436,16 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads) -> list[str]:
     warnings = []
     for lead, x in zip(leads, ecg, strict=True):
         sentences = check_amplitude(x, sample_rate_hz)
-        is_whole = not sentences
         span = np.ptp(np.quantile(x, [0.005, 0.995]))
         noise = noise_level(x, sample_rate_hz)
         if span > 0 and noise > 0.08 * span:
             sentences.append(f"is noisy: {1000 * noise:.0f} uV of noise in {span:.2f} mV")
-            is_whole = False
         if lead == "I" and len(x) > sample_rate_hz:
-            x = without_wander(x, sample_rate_hz)
-            if is_whole and beats_differ(x):
+            level = without_wander(x, sample_rate_hz)
+            if not sentences and beats_differ(level):  # what is wrong already makes them differ
                 reason = "they differ more than they are large"
                 sentences.append(f"is noisy or has beats of two kinds: {reason}; record it again")
-            if points_down(x):  # other leads do in healthy people
+            if points_down(level):  # other leads do in healthy people
                 remedy = "the arm electrodes may be swapped, or a watch worn on the other wrist"
                 sentences.append(f"points down: {remedy}")
         warnings += [f"lead {lead} {sentence}" for sentence in sentences]

@@ -9,7 +9,7 @@ share, order and head; shares of one seed lie in each other, and all starts see 
 labels of the whole validation fold choose the epoch, however few train.  Intervals are by patient:
 neither the draw of a share nor that of the one pre-training is in them, +- is over seeds.  Small
 shares come first; what was cut off goes on, what is finished stays.  All of it takes more than a
-day on two cores; --networks, --shares and --seeds leave some out.  Draws OUT/synthetic.png.
+day of one core; --networks, --shares and --seeds leave some out.  Draws OUT/synthetic.png.
 
 Departures from the protocol that the project set itself: no LSTM, but ResNet1D with labels; smaller
 batches of small shares instead of more epochs; "as many steps in all" adds those of pre-training to
@@ -119,10 +119,9 @@ def schedule(share: float, start: str) -> list[str]:
 def against_normal(out: Path, runs: list[str]) -> str:
     """AUC of any infarct against the normal records, mean over those runs that are there."""
     logits = []
-    for run in runs:
-        if (out / run / "predictions.npz").exists():
-            test, heads = train_probe.read_predictions(out / run)
-            logits += list(heads["finetune"])
+    for run in finished(out, runs):
+        test, heads = train_probe.read_predictions(out / run)
+        logits += list(heads["finetune"])
     entry = train_probe.any_infarct(logits, test["labels"], test["patient"])["NORM"]
     return train_probe.format_cell(entry, "auc", "{:.3f}")
 
@@ -160,22 +159,21 @@ def differences(out: Path, runs: list[str], others: list[str]) -> list[str]:
     """Of six-means and 44-means, paired; empty unless the same seeds (and shares) are there."""
     own = evidence.scores(out, tuple(runs), "finetune")
     other = evidence.scores(out, tuple(others), "finetune")
-    if runs == others or seeds_there(out, runs) != seeds_there(out, others):
+    seeds = [[run.rpartition("-")[2] for run in finished(out, row)] for row in (runs, others)]
+    if runs == others or seeds[0] != seeds[1]:
         other = None
     return [evidence.difference(own, other, group) for group in ("six", "diagnostic")]
 
 
-def seeds_there(out: Path, runs: list[str]) -> list[str]:
-    """The ends of the names of those runs that are finished."""
-    finished = [run for run in runs if (out / run / "predictions.npz").exists()]
-    return [run.rpartition("-")[2] for run in finished]
+def finished(out: Path, runs: list[str]) -> list[str]:
+    """Those of these runs that are there."""
+    return [run for run in runs if (out / run / "predictions.npz").exists()]
 
 
 def labelled_records(out: Path, runs: list[str]) -> int:
     """How many records trained the first of these runs that is there."""
-    configs = [out / run / "config.json" for run in runs]
-    first = next(path for path in configs if path.with_name("predictions.npz").exists())
-    return json.loads(first.read_text())["records"]["train"]
+    config = out / finished(out, runs)[0] / "config.json"
+    return json.loads(config.read_text())["records"]["train"]
 
 
 def draw_curves(curves: dict[str, dict[str, list]], path: Path) -> None:
