@@ -1935,7 +1935,13 @@ class Pairs:
         dataset = SkipUnreadable(self.dataset)
         sampler = [rows.tolist() for rows in rows_of_batches]
         workers = self.workers if len(sampler) > 4 else 0  # to start them takes a second
-        return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list)
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # else weights would depend on what is in the cache
+        )
 
     def teach(self, items: list[tuple]) -> np.ndarray:
         """(B, D) float16 of the frozen teacher, Eq. (2)."""

@@ -172,7 +172,7 @@ def open_encoders(config: PretrainConfig) -> tuple[ResNet1D, ResNet1D, InputSpec
             f"--single embeds in {single.embedding_dim} dimensions, --multi in "
             f"{teacher.embedding_dim}; they must agree"
         )
-    return single, teacher.eval().requires_grad_(False), spec
+    return single.eval(), teacher.eval().requires_grad_(False), spec
 
 
 def split(records: Records, config: PretrainConfig, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:

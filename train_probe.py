@@ -316,7 +316,8 @@ def probe_frozen(
     features = {"": {name: extractor.features(rows) for name, rows in split.items()}}
     if config.baseline:
         torch.manual_seed(config.seed)
-        extractor.encoder = type(encoder)(**encoder.architecture).to(extractor.ranks.device)
+        fresh = type(encoder)(**encoder.architecture).eval()  # other networks have dropout
+        extractor.encoder = fresh.to(extractor.ranks.device)
         random = {name: extractor.features(rows) for name, rows in split.items()}
         features[BASELINE] = random
     heads = []

@@ -269,9 +269,9 @@ def pretrain(
     cached = spec._replace(lead="all", preprocessing=spec.preprocessing | dict(normalize="none"))
     rows = np.concatenate([train_rows, val_rows])
     pairs = selfmis.read_pairs(config, records, rows, cached, ranks)
-    run = prepare(
-        method_class(config, *parts), config, ranks, out, spec, pairs, train_rows, val_rows
-    )
+    torch.manual_seed(config.seed)  # whatever ran before, such as HeartLang's first stage
+    method = method_class(config, *parts)
+    run = prepare(method, config, ranks, out, spec, pairs, train_rows, val_rows)
     if run.model.uses_labels and not records.labels[run.train_rows].any():
         raise UsageError("--data: no record that trains has a label, from which this method learns")
     if last is None:
