@@ -841,16 +841,16 @@ def read_predictions(folder: str | Path) -> tuple[dict, dict]:
         test = {name: arrays[name] for name in ("labels", "fold", "patient")}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UsageError(
-            f"--compare {folder}: no readable predictions.npz in it; give a finished run's folder"
+            f"{folder}: no readable predictions.npz in it; give a finished run's folder"
         ) from error
     logits = {}
     for name, value in arrays.items():
         if name.startswith("logits_"):
             if value.shape[1:] != test["labels"].shape or not np.isfinite(value).all():
-                raise UsageError(f"--compare {folder}: {name} of its predictions.npz is damaged")
+                raise UsageError(f"{folder}: {name} of its predictions.npz is damaged")
             logits[name.removeprefix("logits_")] = value
     if not logits:
-        raise UsageError(f"--compare {folder}: no logits in its predictions.npz")
+        raise UsageError(f"{folder}: no logits in its predictions.npz")
     return test, logits
 
 

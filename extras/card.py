@@ -17,6 +17,7 @@ from extras.detect import (
     rates,
 )
 from selfmis import load_encoder, read_checkpoint
+from train_probe import format_cell
 
 
 def describe_checkpoint(path) -> str:
@@ -65,23 +66,19 @@ def describe_head(content: dict) -> list[str]:
     lines += [f"warning: {warning}" for warning in describe_probe(content)["warnings"]]
     point = operating_point(content["validation"])
     lines.append(f"verdict: {'; '.join([*point_lines(point), rates(content)])}")
-    means = [f"{group} {format_auc(results[group])}" for group in ("nine", "six", "diagnostic")]
+    means = [
+        f"{group} {format_cell(results[group], 'mean', '{:.3f}')}"
+        for group in ("nine", "six", "diagnostic")
+    ]
     lines.append(f"AUC on fold {fold}, 95 % interval: {', '.join(means)}")
-    against = [f"{name} {format_auc(entry)}" for name, entry in results["any"].items()]
+    against = [
+        f"{name} {format_cell(entry, 'auc', '{:.3f}')}" for name, entry in results["any"].items()
+    ]
     lines.append(f"any infarct against: {', '.join(against)}")
     for name, entry in results["types"].items():
-        lines.append(f"  {name:<6}{entry['positives']:>5} positives  {format_auc(entry)}")
+        auc = format_cell(entry, "auc", "{:.3f}")
+        lines.append(f"  {name:<6}{entry['positives']:>5} positives  {auc}")
     return lines
-
-
-def format_auc(entry: dict) -> str:
-    """An AUC or a mean of some, with its interval where there is one."""
-    value = entry.get("auc", entry.get("mean"))
-    if value is None:
-        return "absent"
-    if entry["low"] is None:
-        return f"{value:.3f}"
-    return f"{value:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
 def main(argv=None) -> None:

@@ -28,7 +28,7 @@ import selfmis
 from extras import command_parser, run_action
 from extras.recordings import TEXT_FILES, check_recording, fill_gaps, header_of, read_recording
 from extras.synthetic import ecg_paper, save_picture
-from selfmis import LEADS, MI_TYPES, RecordError, UsageError, segment_names
+from selfmis import LEADS, MI_TYPES, SECONDS, RecordError, UsageError, segment_names
 
 # What train_probe.py writes into probe.pt beside the encoder.
 PROBE_KEYS = {"head", "classes", "temperature", "positives", "validation"}
@@ -76,7 +76,8 @@ class Detector:
     or 12 for a probe of all leads. Returns {type: probability}, floats or arrays (N,). More than
     10 s are covered by windows of 10 s, spread evenly (they overlap where the length is no
     multiple); their probabilities are averaged, flat windows left out. 2.5 to 10 s are padded as
-    in `preprocess`. Raises UsageError: another shape or type, too short, flat throughout.
+    in `preprocess`. How well either does was not measured: PTB-XL has 10 s of each record.
+    Raises UsageError: another shape or type, too short, flat throughout.
 
     Attributes: leads, sample_rate_hz, preprocessing; content, the whole checkpoint.
     """
@@ -122,7 +123,7 @@ class Detector:
         ecg, _ = fill_gaps(ecg, rate_hz)
         own_rate_hz = self.sample_rate_hz
         resampled = selfmis.resample(ecg, rate_hz, own_rate_hz)
-        width, T = round(10 * own_rate_hz), resampled.shape[1]
+        width, T = round(SECONDS * own_rate_hz), resampled.shape[1]
         count = max(1, math.ceil(T / width - 0.01))
         windows = []
         for start in np.linspace(0, max(0, T - width), count).round().astype(int):
@@ -248,26 +249,30 @@ def type_words(entry: dict) -> str:
 
 
 def describe_data(entries: list[dict]) -> str:
-    """The data that something was trained on and chosen by, in one line."""
+    """The data that something was trained on and chosen by, in one line, each once.
+
+    Of ECGFounder's own neither folds nor the number of records are known.
+    """
     words = []
     for entry in entries:
-        chosen = "chosen by " if entry.get("use") == "validation" else ""
-        records = f"{entry['records']:,} records {'with' if entry['labels'] else 'without'} labels"
-        folds = " ".join(map(str, entry["folds"]))
-        words.append(f"{chosen}{entry['data']}, {records}, folds {folds}")
-    return "; ".join(words) or "nothing"
+        text = f"chosen by {entry['data']}" if entry.get("use") == "validation" else entry["data"]
+        records = f", {entry['records']:,} records" if "records" in entry else ""
+        text += f"{records} {'with' if entry['labels'] else 'without'} labels"
+        if entry.get("folds"):
+            text += f", folds {' '.join(map(str, entry['folds']))}"
+        words.append(text)
+    return "; ".join(dict.fromkeys(words)) or "nothing"
 
 
 def describe_probe(content: dict) -> dict:
     """What a probe was trained on, how it did on its test fold, and what to be warned of."""
     entries = content["training_data"] + content["head_training_data"]
     trained = [entry for entry in entries if entry.get("use") != "validation"]
-    unique = [entry for i, entry in enumerate(trained) if entry not in trained[:i]]
     results, warnings = content["results"], list(content["warnings"])
     if all(entry["data"].startswith("synthetic") for entry in entries):
         warnings.append("trained on synthetic ECG alone: it knows no real heart")
     return {
-        "trained_on": describe_data(unique),
+        "trained_on": describe_data(trained),
         "rates": rates(content),
         "test_auc": {
             "any_infarct_against_normal": results["any"]["NORM"]["auc"],
@@ -286,13 +291,15 @@ def probe_lines(probe: dict) -> list[str]:
     return lines + [f"warning: {warning}" for warning in probe["warnings"]]
 
 
-def draw_page(path, ecg: np.ndarray, rate_hz: float, title: str, entry: dict) -> None:
-    """Up to 30 s of one lead (T,) in mV on ECG paper; below it the verdict and the types."""
-    verdict, types = entry["any_infarct"], entry["types"]
-    lines = verdict_lines(verdict)
-    lines += textwrap.wrap(entry["detector"], 110)
-    for warning in entry["warnings"]:
-        lines += textwrap.wrap(f"warning: {warning}", 110)
+def draw_page(path, ecg: np.ndarray, rate_hz: float, title: str, answer: dict, about: list) -> None:
+    """Up to 30 s of one lead (T,) in mV on ECG paper; below it the verdict and the types.
+
+    about: lines on the detector, and warnings, that stand below the verdict.
+    """
+    verdict, types = answer["any_infarct"], answer["types"]
+    lines = []
+    for line in [*verdict_lines(verdict), *about]:
+        lines += textwrap.wrap(line, 110)
     width = int(10 * rate_hz)
     rows = min(3, math.ceil(len(ecg) / width))
     tall, below = 25 + 30 * rows, 78 + 5 * len(lines)  # mm
@@ -335,7 +342,7 @@ def draw_page(path, ecg: np.ndarray, rate_hz: float, title: str, entry: dict) ->
 def find_recordings(paths: list[Path]) -> list[Path]:
     """Every recording once: a header, its data file and the segments it names are one."""
     kinds = (".hea", ".npy", *TEXT_FILES)
-    recordings, segments = {}, []
+    recordings, segments = {}, set()
     for path in paths:
         inside = []
         if path.is_dir():
@@ -344,11 +351,11 @@ def find_recordings(paths: list[Path]) -> list[Path]:
             header = header_of(file)
             recordings.setdefault(header, file)
             if header.suffix == ".hea" and header.is_file():
-                segments += [header.with_name(f"{name}.hea") for name in segment_names(header)]
+                segments |= {header.parent / f"{name}.hea" for name in segment_names(header)}
     return [file for header, file in recordings.items() if header not in segments]
 
 
-def answer_recording(detector: Detector, probe: dict, path: Path, flags) -> dict:
+def answer_recording(detector: Detector, probe: dict, point: dict, path: Path, flags) -> dict:
     """What --json prints of one recording; it is drawn too where --picture asks for it."""
     if path.is_dir():
         raise UsageError(f"{path}: a folder without recordings")
@@ -361,16 +368,14 @@ def answer_recording(detector: Detector, probe: dict, path: Path, flags) -> dict
     entry = {"file": str(path), "leads": detector.leads, "seconds": ecg.shape[1] / rate}
     entry["sample_rate_hz"] = rate
     entry["warnings"] = warnings + check_recording(ecg, rate, detector.leads)
-    validation = detector.content["validation"]
-    point = operating_point(validation, flags.specificity, flags.prevalence)
+    if entry["seconds"] < SECONDS - 0.1:
+        found = f"{entry['seconds']:.1f} s, and the rates were measured on {SECONDS:.0f} s"
+        entry["warnings"].append(f"{found}: fewer infarcts are found in less")
     entry |= make_answer(probabilities, detector.content, point)
     if flags.picture:
         title = f"{path.stem}, lead {detector.leads[0]}"
-        more = {
-            "warnings": probe["warnings"] + entry["warnings"],
-            "detector": probe_lines(probe)[0],
-        }
-        draw_page(flags.picture, ecg[0], rate, title, entry | more)
+        about = probe_lines(probe) + [f"warning: {warning}" for warning in entry["warnings"]]
+        draw_page(flags.picture, ecg[0], rate, title, entry, about)
         entry["picture"] = flags.picture
     return entry
 
@@ -391,13 +396,15 @@ def run_detect(flags: argparse.Namespace) -> int:
     """Answers each recording that can be read; 2 if one could not, else 0."""
     detector = load_detector(flags.probe)
     probe = {"file": flags.probe.name} | describe_probe(detector.content)
+    validation = detector.content["validation"]
+    point = operating_point(validation, flags.specificity, flags.prevalence)
     paths = find_recordings(flags.recordings)
     if flags.picture and len(paths) > 1:
         raise UsageError(f"--picture: draws one recording, {len(paths)} were given")
     entries, status, answered = [], 0, 0
     for path in paths:
         try:
-            entries.append(answer_recording(detector, probe, path, flags))
+            entries.append(answer_recording(detector, probe, point, path, flags))
         except UsageError as error:  # the others are answered all the same
             if flags.debug:
                 raise

@@ -5,9 +5,10 @@
     python -m extras.devices band PTBXL --fold 8 --probe aligned=runs/aligned-probe/probe.pt
     python -m extras.devices retrieval FOLDER --encoder runs/a/best.pt --teacher runs/t/best.pt
 
-FOLDER holds WFDB records and, beside them, REFERENCE.csv or QUALITY.csv: a name and a label in each
-line, as in the PhysioNet/CinC Challenge of 2017 (a hand-held device: N normal, A atrial
-fibrillation, O other rhythms, ~ noisy).  No label of a device trains anything.
+FOLDER holds WFDB records whose leads have their names (in those of the PhysioNet/CinC Challenge of
+2017 lead I is called ECG: rename it) and, beside them, REFERENCE.csv or QUALITY.csv: a record and
+its label in each line (of that Challenge: N normal, A atrial fibrillation, O other, ~ noisy).  Ten
+seconds of each record count.  No label of a device trains anything but the heads of `rhythm`.
 
 rhythm:    a linear head on the frozen encoder tells A from N, in five parts of the records: three
            train it, one chooses its strength, one tests it; the mean of the five AUCs.
@@ -16,8 +17,9 @@ rhythm:    a linear head on the frozen encoder tells A from N, in five parts of 
 alarms:    how often a detector calls "any infarct" at its own threshold, by label, and how often
            detect would warn; below that how often in the groups of its own validation fold.  N is
            a normal rhythm, not a healthy heart: the group without infarct compares best.
-band:      how often, of a fold of PTB-XL, behind a filter or under noise that a device may have;
-           but for the noise they are of the kinds that extras/recorders.py trains with.
+band:      how often, of a fold of PTB-XL, behind a filter or under noise that a device may have
+           (but for the noise they are of the kinds that extras/recorders.py trains with), and of
+           the first seconds alone.
 retrieval: how often, among 200 records, lead I of one is nearest to its own twelve leads.
 """
 
@@ -37,13 +39,14 @@ from extras.evidence import print_table
 from extras.recorders import high_pass, low_pass
 from extras.recordings import check_recording, fill_gaps
 from selfmis import LEADS, MI_TYPES, STATEMENTS, Records, ResNet1D, UsageError
+from train_probe import MINIMUM_POSITIVES
 
-PARTS = 5
+HEAD_PARTS = 5  # of the records, in which heads of `rhythm` are trained and tested
 AMONG = 200  # records that retrieval compares, so that collections of any size compare
 
 
 @functools.cache
-def find(folder: Path, fold: int | None, rate_hz: float) -> tuple[Records, np.ndarray]:
+def find_labelled(folder: Path, fold: int | None, rate_hz: float) -> tuple[Records, np.ndarray]:
     """The records of a folder (of PTB-XL those of a fold) and the label of each, "" if unknown.
 
     rate_hz decides which of PTB-XL's files are read.
@@ -65,8 +68,19 @@ def find(folder: Path, fold: int | None, rate_hz: float) -> tuple[Records, np.nd
 @functools.cache
 def read_all(folder: Path, fold: int | None, leads: tuple, rate_hz: float) -> list[np.ndarray]:
     """(L, T) in mV of each record."""
-    records, _ = find(folder, fold, rate_hz)
-    return [records.read(i, leads, rate_hz) for i in range(len(records))]
+    records, _ = find_labelled(folder, fold, rate_hz)
+    ecgs = [records.read(i, leads, rate_hz) for i in range(len(records))]
+    for i, ecg in enumerate(ecgs):
+        refuse_short(records.name(i), ecg, rate_hz)
+    return ecgs
+
+
+def refuse_short(name: str, ecg: np.ndarray, rate_hz: float) -> None:
+    """UsageError that names the record, before hours of work."""
+    seconds = ecg.shape[1] / rate_hz
+    if seconds < selfmis.MINIMUM_SECONDS:
+        needed = f"{selfmis.MINIMUM_SECONDS} s are needed"
+        raise UsageError(f"{name}: {seconds:.2f} s of ECG is too short, {needed}; take it out")
 
 
 def embed_recordings(encoder: ResNet1D, ecgs, lead: str = "I") -> torch.Tensor:
@@ -74,7 +88,8 @@ def embed_recordings(encoder: ResNet1D, ecgs, lead: str = "I") -> torch.Tensor:
 
     L: 1, of this lead, which a 12-lead encoder gets beside rows of zeros, or 12.
     """
-    options = dict(sample_rate_hz=encoder.sample_rate_hz or 500, **(encoder.preprocessing or {}))
+    # ECGFounder's file does not say how its input was made.
+    options = dict(sample_rate_hz=encoder.sample_rate_hz, **(encoder.preprocessing or {}))
     signals = np.stack([selfmis.preprocess(ecg, **options) for ecg in ecgs])  # (N, L, T)
     parts = []
     for part in torch.from_numpy(signals).split(1024):  # of all, the zeros would fill the memory
@@ -86,14 +101,16 @@ def embed_recordings(encoder: ResNet1D, ecgs, lead: str = "I") -> torch.Tensor:
 def embeddings(encoder: ResNet1D, folder: Path, lead: str, fold: int | None = None) -> torch.Tensor:
     """(N, D) of all records of a folder; lead: the one that is shown, or all."""
     leads = LEADS if lead == "all" else (lead,)
-    ecgs = read_all(folder, fold, leads, encoder.sample_rate_hz or 500)
+    ecgs = read_all(folder, fold, leads, encoder.sample_rate_hz)
     return embed_recordings(encoder, ecgs, lead)
 
 
 def named(text: str) -> tuple[str, list[str]]:
-    """'aligned=a.pt,b.pt' -> aligned, [a.pt, b.pt]; without a name the text is one."""
+    """'aligned=a.pt,b.pt' -> aligned, [a.pt, b.pt]; a path may hold = too, and is its own name."""
     name, equals, paths = text.partition("=")
-    return (name, paths.split(",")) if equals else (text, [text])
+    if not equals or "/" in name:
+        return text, [text]
+    return name, paths.split(",")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -101,15 +118,15 @@ def named(text: str) -> tuple[str, list[str]]:
 # --------------------------------------------------------------------------------------------------
 
 
-def open_encoders(rows: list[str]) -> dict[str, list[ResNet1D]]:
-    """{row: its encoders}; `random` is one with random weights, built as the first file's."""
-    paths = dict(map(named, rows))
-    files = [path for row in paths.values() for path in row if path != "random"]
+def open_encoders(rows: list[str]) -> list[tuple[str, list[ResNet1D]]]:
+    """Names and encoders; `random` is one with random weights, built as the first file's."""
+    paths = [named(row) for row in rows]
+    files = [path for _, row in paths for path in row if path != "random"]
     if not files:
         raise UsageError("--encoder random: name a file too, after whose encoder it is built")
-    encoders = {}
-    for row, names in paths.items():
-        encoders[row] = []
+    opened = []
+    for row, names in paths:
+        encoders = []
         for seed, name in enumerate(names):
             encoder = selfmis.load_encoder(files[0] if name == "random" else name)
             if name == "random":
@@ -118,8 +135,9 @@ def open_encoders(rows: list[str]) -> dict[str, list[ResNet1D]]:
                 fresh.sample_rate_hz = encoder.sample_rate_hz
                 fresh.preprocessing = encoder.preprocessing
                 encoder = fresh
-            encoders[row].append(encoder)
-    return encoders
+            encoders.append(encoder)
+        opened.append((row, encoders))
+    return opened
 
 
 def held_out_auc(x: torch.Tensor, y: np.ndarray) -> tuple[float, np.ndarray]:
@@ -128,11 +146,11 @@ def held_out_auc(x: torch.Tensor, y: np.ndarray) -> tuple[float, np.ndarray]:
     And the same in 1000 resamples of each part, (1000,).  Scores of different heads are not
     compared: their strengths differ, and so do their scales.
     """
-    part = np.random.default_rng(0).permutation(len(y)) % PARTS
+    part = np.random.default_rng(0).permutation(len(y)) % HEAD_PARTS
     target = torch.from_numpy(y[:, None].astype(np.float32))
     aucs, draws = [], []
-    for test in range(PARTS):
-        val = (test + 1) % PARTS
+    for test in range(HEAD_PARTS):
+        val = (test + 1) % HEAD_PARTS
         train = (part != test) & (part != val)
         weight, bias, _ = train_probe.logistic_head(
             x[train],
@@ -151,14 +169,16 @@ def held_out_auc(x: torch.Tensor, y: np.ndarray) -> tuple[float, np.ndarray]:
 def print_rhythm(flags: argparse.Namespace) -> None:
     folder = flags.folder
     lines = [["frozen encoder", "files", "AUC, A against N", "minus the first"]]
-    _, labels = find(folder, None, 100)
+    _, labels = find_labelled(folder, flags.fold, 100)
     chosen = np.flatnonzero((labels == "A") | (labels == "N"))
     y = (labels[chosen] == "A").astype(int)
-    if not 0 < y.sum() < len(y):
-        raise UsageError(f"{folder}: no records labelled A and N in its REFERENCE.csv")
+    if min(y.sum(), len(y) - y.sum()) < MINIMUM_POSITIVES:
+        found = f"{y.sum()} records labelled A and {len(y) - y.sum()} labelled N"
+        raise UsageError(f"{folder}: {found} in REFERENCE.csv; {MINIMUM_POSITIVES} each are needed")
     first = None
-    for row, encoders in open_encoders(flags.encoder).items():
-        results = [held_out_auc(embeddings(each, folder, "I")[chosen], y) for each in encoders]
+    for row, encoders in open_encoders(flags.encoder):
+        z = [embeddings(encoder, folder, "I", flags.fold)[chosen] for encoder in encoders]
+        results = [held_out_auc(each, y) for each in z]
         auc, draw = (np.mean(values, 0) for values in zip(*results, strict=True))
         line = [row, len(encoders), with_interval(auc, draw, "{:.3f}"), ""]
         if first is not None:
@@ -179,14 +199,14 @@ def with_interval(value: float, draws: np.ndarray, form: str) -> str:
 
 
 def print_alarms(flags: argparse.Namespace) -> None:
-    records, labels = find(flags.folder, None, 100)
+    records, labels = find_labelled(flags.folder, flags.fold, 100)
     signals = read_filled(records, range(len(records)))
     warnings = [check_recording(ecg, rate_hz, ("I",)) for ecg, rate_hz in signals]
     points_down = np.array([any("points down" in text for text in one) for one in warnings])
     is_noisy = np.array([any("is noisy" in text for text in one) for one in warnings])
     is_warned = np.array([bool(one) for one in warnings])
     lines = [["label", "recordings", "points down", "noisy", "any warning"]]
-    groups = {label or "all": labels == label for label in sorted(set(labels))}
+    groups = {label or "no label": labels == label for label in sorted(set(labels))}
     for label, group in groups.items():
         shares = [f"{flag[group].mean():.1%}" for flag in (points_down, is_noisy, is_warned)]
         lines.append([label, int(group.sum()), *shares])
@@ -196,7 +216,7 @@ def print_alarms(flags: argparse.Namespace) -> None:
         ["detector", "label", "positive", "of those not noisy", "pointing up", "pointing down"]
     ]
     for row, paths in map(named, flags.probe):
-        is_positive = np.mean([positives(path, signals) for path in paths], 0)  # over seeds
+        is_positive = np.mean([verdicts(path, signals) for path in paths], 0)  # over seeds
         for label, group in groups.items():
             parts = (group, group & ~is_noisy, group & ~points_down, group & points_down)
             lines.append([row, label, *(share(is_positive[part]) for part in parts)])
@@ -206,10 +226,12 @@ def print_alarms(flags: argparse.Namespace) -> None:
 
 
 def read_filled(records: Records, rows) -> list[tuple[np.ndarray, float]]:
-    """Lead I (1, T) in mV and its rate, whole and as it was stored, for a detector."""
+    """Ten seconds of lead I (1, T) in mV and the rate, as they were stored, for a detector."""
     signals = []
     for i in rows:
         ecg, rate_hz = selfmis.read_wfdb(records.name(i), ("I",))
+        refuse_short(records.name(i), ecg, rate_hz)
+        ecg = ecg[:, : round(selfmis.SECONDS * rate_hz)]
         signals.append((fill_gaps(ecg, rate_hz)[0], rate_hz))
     return signals
 
@@ -225,7 +247,7 @@ def open_detector(path) -> tuple[Detector, dict]:
     return detector, point
 
 
-def positives(path, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
+def verdicts(path, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
     """(N,) 1 where the detector of a probe.pt calls "any infarct", 0 where not, NaN if flat."""
     detector, point = open_detector(path)
     answers = np.full(len(signals), np.nan)
@@ -268,9 +290,9 @@ def disturbances(T: int, rate_hz: float) -> dict[str, tuple[torch.Tensor, torch.
     same, none = torch.ones_like(hz), torch.zeros_like(hz)
     table = {"as it is": (same, none)}
     for cutoff in (0.5, 1):
-        table[f"high-pass, {cutoff} Hz"] = high_pass(hz, torch.tensor(cutoff)), none
+        table[f"high-pass, {cutoff} Hz"] = high_pass(hz, cutoff), none
     for cutoff in (30, 20, 15):
-        table[f"low-pass, {cutoff} Hz"] = low_pass(hz, torch.tensor(cutoff)), none
+        table[f"low-pass, {cutoff} Hz"] = low_pass(hz, cutoff), none
     table["upside down"] = -same, none
     table["noise, 5 to 40 Hz, a fifth"] = same, 0.2 * in_band(hz, 5, 40)
     table["wander, 0.2 to 1.5 Hz, as much"] = same, in_band(hz, 0.2, 1.5)
@@ -294,7 +316,7 @@ def disturb(ecg: np.ndarray, response: torch.Tensor, noise: torch.Tensor, draw) 
 def print_band(flags: argparse.Namespace) -> None:
     if flags.fold is None:
         raise UsageError("band needs --fold: a fold of PTB-XL that did not train the detector")
-    records, _ = find(flags.folder, flags.fold, 100)
+    records, _ = find_labelled(flags.folder, flags.fold, 100)
     infarct = records.labels[:, [STATEMENTS.index(t) for t in MI_TYPES]].any(1)
     normal = (records.labels[:, STATEMENTS.index("NORM")] > 0) & ~infarct
     lines = [["detector", "recordings", "normal, positive", "infarct, positive"]]
@@ -318,14 +340,20 @@ def positives_behind(path: str, flags: argparse.Namespace) -> dict[str, np.ndarr
     found = {}
     for name, parts in disturbances(ecgs[0].shape[1], rate_hz).items():
         draw = torch.Generator().manual_seed(0)
-        scores = any_infarct(detector, [disturb(ecg, *parts, draw) for ecg in ecgs])
+        scores = infarct_scores(detector, [disturb(ecg, *parts, draw) for ecg in ecgs])
         found[name] = scores >= point["threshold"]
+    for seconds in (6, 4):
+        scores = infarct_scores(detector, [ecg[:, : round(seconds * rate_hz)] for ecg in ecgs])
+        found[f"its first {seconds} s"] = scores >= point["threshold"]
     return found
 
 
 @torch.no_grad()
-def any_infarct(detector: Detector, ecgs: list[np.ndarray]) -> np.ndarray:
-    """Recordings of ten seconds (1, T) in mV at the detector's rate -> scores (N,)."""
+def infarct_scores(detector: Detector, ecgs: list[np.ndarray]) -> np.ndarray:
+    """Up to ten seconds (1, T) in mV of each record, at the detector's rate -> scores (N,).
+
+    As `Detector` and `make_answer` have it, but for many records at once.
+    """
     options = dict(sample_rate_hz=detector.sample_rate_hz, **detector.preprocessing)
     signals = torch.from_numpy(np.stack([selfmis.preprocess(ecg, **options) for ecg in ecgs]))
     p = torch.cat([detector.classifier(part) for part in signals.split(256)])  # (N, 9)
@@ -338,8 +366,11 @@ def any_infarct(detector: Detector, ecgs: list[np.ndarray]) -> np.ndarray:
 
 
 def print_retrieval(flags: argparse.Namespace) -> None:
-    single, teacher = selfmis.load_encoder(flags.encoder[0]), selfmis.load_encoder(flags.teacher)
-    _, labels = find(flags.folder, flags.fold, single.sample_rate_hz)
+    paths = [path for _, row in map(named, flags.encoder) for path in row]
+    if len(paths) > 1:
+        raise UsageError(f"retrieval: {len(paths)} encoders; give the one that --teacher taught")
+    single, teacher = selfmis.load_encoder(paths[0]), selfmis.load_encoder(flags.teacher)
+    _, labels = find_labelled(flags.folder, flags.fold, single.sample_rate_hz)
     z_single = embeddings(single, flags.folder, single.lead, flags.fold)
     z_multi = embeddings(teacher, flags.folder, "all", flags.fold)
     lines = [["label", "records", f"groups of {AMONG}", "R@1", "R@5", "R@10"]]
@@ -350,7 +381,9 @@ def print_retrieval(flags: argparse.Namespace) -> None:
             continue
         found = [selfmis.retrieval(z_single[g], z_multi[g]) for g in groups]
         recalls = [f"{np.mean([each[k] for each in found]):.1f} %" for k in (1, 5, 10)]
-        lines.append([label or "all", len(rows), len(groups), *recalls])
+        lines.append([label or "no label", len(rows), len(groups), *recalls])
+    if len(lines) == 1:
+        raise UsageError(f"{flags.folder}: fewer than {AMONG} records of each label; too few")
     print_table(f"Retrieval among {AMONG}, chance {100 / AMONG} %, {flags.folder.name}", lines)
 
 
@@ -359,7 +392,7 @@ def print_retrieval(flags: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-PARTS_OF_COMMAND = {  # what each does, and the flags it needs
+COMMANDS = {  # what each does, and the flags it needs
     "rhythm": (print_rhythm, "encoder"),
     "alarms": (print_alarms, "probe"),
     "band": (print_band, "probe"),
@@ -368,17 +401,17 @@ PARTS_OF_COMMAND = {  # what each does, and the flags it needs
 
 
 def run_devices(flags: argparse.Namespace) -> None:
-    action, *needed = PARTS_OF_COMMAND[flags.part]
+    action, *needed = COMMANDS[flags.command]
     for name in needed:
         if not getattr(flags, name):
-            raise UsageError(f"{flags.part} needs --{name}")
+            raise UsageError(f"{flags.command} needs --{name}")
     action(flags)
 
 
 def main(argv=None) -> None:
     parser = command_parser("extras.devices", __doc__)
     add = parser.add_argument
-    add("part", choices=PARTS_OF_COMMAND)
+    add("command", choices=COMMANDS)
     add("folder", type=Path, help="of WFDB records")
     add(
         "--encoder",
@@ -389,7 +422,7 @@ def main(argv=None) -> None:
     )
     add("--probe", action="append", default=[], metavar="[NAME=]PROBE.pt", help="likewise")
     add("--teacher", metavar="PATH", help="the encoder of twelve leads")
-    add("--fold", type=int, help="of PTB-XL, for band and retrieval")
+    add("--fold", type=int, help="of PTB-XL: its records alone")
     run_action(run_devices, parser.parse_args(argv))
 
 

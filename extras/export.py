@@ -26,7 +26,7 @@ from extras.detect import (
     load_detector,
     operating_point,
 )
-from selfmis import MI_TYPES, UsageError, nan_to_none, write_atomically
+from selfmis import MI_TYPES, SECONDS, UsageError, nan_to_none, write_atomically
 
 
 def export_detector(path, out) -> str:
@@ -41,7 +41,7 @@ def export_detector(path, out) -> str:
         raise UsageError(f"{out}: cannot be written (it is a folder, or in none)")
     encoder = detector.classifier.encoder
     network = CalibratedClassifier(encoder, detector.content, zscore=normalize == "zscore").eval()
-    shape = len(detector.leads), round(10 * detector.sample_rate_hz)  # (L, T)
+    shape = len(detector.leads), round(SECONDS * detector.sample_rate_hz)  # (L, T)
     # The example has two records: torch takes a dimension of one for a constant.
     batch = ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=batch)
@@ -60,7 +60,7 @@ def about_detector(detector: Detector) -> dict[str, str]:
         "leads": " ".join(detector.leads),
         "sample_rate_hz": f"{detector.sample_rate_hz:g}",
         "unit": "mV",
-        "seconds": "10",
+        "seconds": f"{SECONDS:g}",
         "any_infarct": json.dumps(any_infarct),
         "probe": json.dumps(nan_to_none(describe_probe(detector.content))),
         "limits": DISCLAIMER,

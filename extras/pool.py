@@ -43,22 +43,22 @@ def read_run(folder: Path) -> Run:
     """UsageError if train_probe.py has not finished there."""
     try:
         results = json.loads((folder / "results.json").read_text())  # the last file of a run
-        probe = selfmis.read_checkpoint(folder / "probe.pt")
-        predictions = read_predictions(folder)
-        config = results["config"]
-        settings = {name: value for name, value in config.items() if name not in FREE}
-        for name in ("lead", "sample_rate_hz", "preprocessing"):
-            settings[name] = probe[name]
-        # Encoders may be different files, but not of different kinds.
-        encoder_data = {(entry["data"], entry["labels"]) for entry in probe["training_data"]}
-        settings["training_data"] = sorted(encoder_data)
-        provenance = probe["training_data"], probe["head_training_data"], results["warnings"]
-        return Run(folder, config["test_fold"], settings, *provenance, *predictions)
+        config, test_fold = results["config"], results["config"]["test_fold"]
     except (OSError, ValueError, LookupError) as error:
         raise UsageError(
-            f"{folder}: no finished run of train_probe.py with results.json, probe.pt and "
-            "predictions.npz; finish it with --resume, or leave it out"
+            f"{folder}: no finished run of train_probe.py, by its results.json; finish it with "
+            "--resume, or leave it out"
         ) from error
+    probe = selfmis.read_checkpoint(folder / "probe.pt")
+    predictions = read_predictions(folder)
+    settings = {name: value for name, value in config.items() if name not in FREE}
+    for name in ("lead", "sample_rate_hz", "preprocessing"):
+        settings[name] = probe[name]
+    # Encoders may be different files, but not of different kinds.
+    encoder_data = {(entry["data"], entry["labels"]) for entry in probe["training_data"]}
+    settings["training_data"] = sorted(encoder_data)
+    provenance = probe["training_data"], probe["head_training_data"], results["warnings"]
+    return Run(folder, test_fold, settings, *provenance, *predictions)
 
 
 def refuse_differences(runs: list[Run]) -> None:
@@ -156,17 +156,19 @@ def describe(results: dict) -> str:
 
 def pool(flags: argparse.Namespace) -> None:
     """Checks and joins the runs, prints the table, and writes it into a new folder."""
-    if flags.out and flags.out.exists():
-        raise UsageError(f"--out {flags.out}: is there already; give a new folder")
     runs = [read_run(folder) for folder in flags.runs]
     refuse_differences(runs)
     for run in runs:
         refuse_seen_labels(run)
+    if flags.out:
+        try:
+            flags.out.mkdir(parents=True)
+        except OSError as error:  # it is there, or cannot be made
+            raise UsageError(f"--out {flags.out}: {error.strerror}; give a new folder") from error
     results = evaluate(runs)
     text = describe(results)
     print(text, end="")
     if flags.out:
-        selfmis.make_shared_folder(flags.out, "--out", selfmis.join_ranks("cpu", seed=0))
         selfmis.write_atomically(flags.out / "results.md", text.encode())
         selfmis.write_json(flags.out / "results.json", results)
 

@@ -60,8 +60,9 @@ class Measurements(NamedTuple):
 def find_r(ecg: np.ndarray) -> np.ndarray:
     """(12, T) mV at 500 Hz -> samples of the R peaks: the largest vector near each steep place.
 
-    By slope, as the baseline and a tall T have little of it; `evidence.find_median_beat` goes by
-    size, which finds beats enough for a median, but not each one, as RR needs.
+    By slope, as the baseline and a tall T have little of it; `recordings.cut_beats` does the same
+    for one lead at 100 Hz.  `evidence.find_median_beat` goes by size, which finds beats enough for
+    a median, but not each one, as RR needs.
     """
     signal = import_optional("scipy.signal", "finding beats")
     eight = ecg[EIGHT]

@@ -27,6 +27,14 @@ from train_pretrain import PretrainConfig, Training
 class RecorderConfig(PretrainConfig):
     out: str = flag("runs/recorders", "folder of the run", metavar="DIR")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expected = dict(lead="I", normalize="zscore", filter="none")
+        for name, value in expected.items():
+            if getattr(self, name) not in (None, value):
+                given = f"--{name} {getattr(self, name)}"
+                raise UsageError(f"{given}: a simple recorder has lead I, scored, not filtered")
+
 
 @dataclasses.dataclass
 class RecorderTraining(Training):
@@ -36,9 +44,12 @@ class RecorderTraining(Training):
     """
 
     def __post_init__(self) -> None:
-        if self.spec.preprocessing != dict(normalize="zscore", filter="none"):
+        expected = dict(normalize="zscore", filter="none")
+        if self.spec.lead != "I" or self.spec.preprocessing != expected:
+            found = f"lead {self.spec.lead}, {selfmis.as_flags(self.spec.preprocessing)}"
             raise UsageError(
-                f"{self.spec.preprocessing}: a recorder passes what is scored and not filtered"
+                f"--multi, --single: made for {found}; a simple recorder has lead I, scored, not "
+                "filtered"
             )
 
     def step_loss(self, rows, signals, targets) -> torch.Tensor:

@@ -41,7 +41,7 @@ def read_recording(path, leads, *, sample_rate_hz=None, unit=None, column=None):
     elif path.suffix.lower() in TEXT_FILES:
         read = read_text
     ecg, rates_hz, warnings = read(path, leads, unit, column)
-    if not np.isfinite(ecg).any() or np.nanmax(np.abs(selfmis.nan_to_zero(ecg))) > 1e9:
+    if not np.isfinite(ecg).any() or np.abs(selfmis.nan_to_zero(ecg)).max() > 1e9:
         raise RecordError(f"{path}: no sample is a number, or one is too large for an ECG")
     rate, contradiction = choose_rate(path, {"--sample-rate": sample_rate_hz} | rates_hz)
     ecg, lost = fill_gaps(ecg, rate)
@@ -111,9 +111,10 @@ def read_record(path: Path, leads, unit: str | None, column: str | None):
     try:
         ecg, rate = selfmis.read_wfdb(path, leads if column is None else (column,))
     except RecordError as error:
-        if "no lead" not in str(error):
+        if ": no lead " not in str(error):
             raise
-        raise RecordError(f"{error}; give --column NAME") from error
+        remedy = "give --column NAME" if len(leads) == 1 else "this probe needs all twelve leads"
+        raise RecordError(f"{error}; {remedy}") from error
     warnings = check_header(path)
     if unit is not None:
         warnings.append("--unit is ignored: a WFDB record states its unit")
@@ -156,7 +157,7 @@ def read_npy(path: Path, leads, unit: str | None, column: str | None):
         raise RecordError(f"{path}: {found}: expected numbers of 1 or 12 leads, (leads, samples)")
     names = list(LEADS) if len(rows) == len(LEADS) else [""]
     chosen = choose_columns(str(path), names, leads, column)
-    return rows[chosen] * selfmis.MILLIVOLTS[(unit or "mV").lower()], {}, []
+    return rows[chosen].astype(np.float64) * selfmis.MILLIVOLTS[(unit or "mV").lower()], {}, []
 
 
 # ----------------------------------------------------------------------------------------------
@@ -174,6 +175,8 @@ DECIMAL = r"[+-]?(?:(?:0\d*|\d{4,})[.,]\d*|\d*[.,](?:\d{0,2}|\d{4,}))(?:[eE][+-]
 # "512 Hz", "1 kHz", "(Hz): 512.5", but not the end of a band ("0.05-150 Hz") nor "1.000 Hz".
 RATE = r"(?<![\d~-])(?<!\d[.,])(\d+(?:[.,]\d\d?)?)"
 FREQUENCY = re.compile(rf"{RATE} ?(k?)(?:hz|hertz)\b|\bhz\W{{1,5}}{RATE}(?![\d.,])", re.I)
+# A line of a header that states the limit of a filter, or the mains.
+FILTER = re.compile(r"filt|pass|band|cut-?off|mains|\b[lh]p\b", re.I)
 TIME = re.compile(r"time|zeit", re.I)
 TIME_UNIT = re.compile(r"(?<![a-z])(min|[nuµμm]s)", re.I)  # else seconds
 PER_SECOND = {"min": 1 / 60, "ms": 1e3, "us": 1e6, "µs": 1e6, "μs": 1e6, "ns": 1e9}
@@ -186,7 +189,7 @@ def read_text(path: Path, leads, unit: str | None, column: str | None):
     watch's export has lines "key,value" and then one sample a line. Cells stand between tabs,
     semicolons, commas or blanks, and a comma is a decimal comma where it separates none.
     Column: the one with the lead's exact name, or the only one. Unit: that in its name, else that
-    in the header, else mV. Rate: the one frequency in the header, else a column of times.
+    in the header, else mV. Rate: by a column of times, else the one frequency in the header.
     """
     pandas = selfmis.import_optional("pandas", "reading a table in text")
     lines = read_lines(path)
@@ -209,7 +212,7 @@ def read_text(path: Path, leads, unit: str | None, column: str | None):
         refuse_words(f"{path}: line", start + 1, names[i] or "1", table[i], numbers[i], decimals)
         ecg.append(numbers[i] * to_millivolts(f"{path}: line {start}", unit, names[i], header))
     rate, warnings = time_rate(names, numbers)
-    return np.array(ecg), {"header": stated_rate(header), "time column": rate}, warnings
+    return np.array(ecg), {"time column": rate, "header": stated_rate(header)}, warnings
 
 
 def read_lines(path: Path) -> list[str]:
@@ -334,9 +337,10 @@ def stated_leads(header: list[str]) -> str:
 def stated_rate(header: list[str]) -> float | None:
     """The one frequency of a header that can be a sample rate."""
     rates = set()
-    for before, kilo, behind in FREQUENCY.findall("\n".join(header)):
+    text = "\n".join(line for line in header if not FILTER.search(line))
+    for before, kilo, behind in FREQUENCY.findall(text):
         rate = float((before or behind).replace(",", ".")) * (1000 if kilo else 1)
-        if rate >= 100 and rate != 150:  # 35, 40, 50, 60 and 150 Hz belong to filters and mains
+        if rate >= 100 and rate != 150:  # 35, 40, 50, 60 and 150 Hz are those of filters and mains
             rates.add(rate)
     return rates.pop() if len(rates) == 1 else None
 
@@ -496,7 +500,7 @@ def without_wander(x: np.ndarray, sample_rate_hz: float) -> np.ndarray:
     return x - signal.medfilt(x, 61)
 
 
-def find_beats(x: np.ndarray) -> np.ndarray:
+def cut_beats(x: np.ndarray) -> np.ndarray:
     """(T,) at 100 Hz -> (N, 70), from 250 ms before each R to 450 ms after it, 0 in the mean."""
     signal = selfmis.import_optional("scipy.signal", "checking a recording")
     slope = smooth(np.gradient(x) ** 2, 11)
@@ -516,7 +520,7 @@ def beats_differ(x: np.ndarray) -> bool:
     x: (T,) at 100 Hz.  A rhythm that is only irregular has beats that are alike; where every second
     beat is an extra one they are not.  False below three beats.
     """
-    beats = find_beats(x)  # (N, 70)
+    beats = cut_beats(x)  # (N, 70)
     if len(beats) < 3:
         return False
     median_beat = np.median(beats, axis=0)

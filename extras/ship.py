@@ -18,7 +18,7 @@ import selfmis
 from extras import command_parser, devices, evidence, run_action
 from extras.baselines import table1
 from extras.detect import WEIGHTS
-from selfmis import Records, UsageError
+from selfmis import UsageError
 
 RUNS = ("teacher-0", "clocs-resnet-1-0", "recorders-0", "recorders-0-probe")
 
@@ -29,34 +29,34 @@ def halve(content: dict) -> dict:
     return content | dict(encoder=encoder)
 
 
-def normal_recordings(folder: Path) -> tuple[Records, np.ndarray]:
-    """The records of a folder, and the rows of those of a normal rhythm."""
-    records, labels = devices.find(folder, None, 100)
+def normal_recordings(folder: Path) -> list[tuple[np.ndarray, float]]:
+    """Signals and rates of those of a normal rhythm."""
+    records, labels = devices.find_labelled(folder, None, 100)
     normal = np.flatnonzero(labels == "N")
     if not len(normal):
         raise UsageError(f"--handheld {folder}: its REFERENCE.csv labels no record N")
-    return records, normal
+    return devices.read_filled(records, normal)
 
 
-def handheld_rate(probe: Path, folder: Path) -> str:
+def handheld_rate(probe: Path, recordings: list[tuple[np.ndarray, float]]) -> str:
     """How often a detector calls a normal rhythm on a hand-held device positive, in words."""
-    records, normal = normal_recordings(folder)
-    answers = devices.positives(probe, devices.read_filled(records, normal))
+    answers = devices.verdicts(probe, recordings)
     count = f"{np.isfinite(answers).sum():,} recordings of a normal rhythm"
     share = f"{np.nanmean(answers):.0%}"
     return f"at a specificity of 90 %, {share} of {count} by a hand-held device were positive"
 
 
 def ship(flags: argparse.Namespace) -> None:
-    normal_recordings(flags.handheld)  # refused before, not after an hour
+    recordings = normal_recordings(flags.handheld)  # refused before, not after an hour
     plan = (*table1.FIRST, *table1.THEN)
     runs = table1.all_runs(plan, evidence.shared_flags(flags), flags.out)
     table1.run_missing({name: runs[name] for name in RUNS}, flags.out, jobs=1)
     probe = flags.out / RUNS[-1] / "probe.pt"
     content = selfmis.read_checkpoint(probe)
     content["config"]["data"] = ["ptb-xl"]  # not where it lies here
-    selfmis.save(WEIGHTS, halve(content))
-    content["handheld"] = handheld_rate(WEIGHTS, flags.handheld)
+    halved = flags.out / "detector.pt"  # in 16 bits, as it will answer
+    selfmis.save(halved, halve(content))
+    content["handheld"] = handheld_rate(halved, recordings)
     selfmis.save(WEIGHTS, halve(content))
     print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB; {content['handheld']}")
 

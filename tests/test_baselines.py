@@ -161,8 +161,16 @@ def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
         data=[str(ptbxl)], encoder=str(tmp_path / "out/best.pt"), lead="I", head="logistic"
     )
     probe.out, probe.workers, probe.cache, probe.baseline = str(tmp_path / "probe"), 0, "none", True
+    is_training, embed = [], selfmis.embed
+
+    def watch(encoder, *rest):
+        is_training.append(encoder.training)
+        return embed(encoder, *rest)
+
+    monkeypatch.setattr(selfmis, "embed", watch)
     results = train_probe.main(probe)
     assert {run["head"] for run in results["runs"]} == {"logistic", "logistic, random encoder"}
+    assert is_training and not any(is_training)  # there are dropouts in it
     assert np.isfinite([run["diagnostic"] for run in results["runs"]]).all()
 
 

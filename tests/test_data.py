@@ -382,6 +382,15 @@ def teacher():
     return selfmis.ResNet1D(12, **TINY).eval()
 
 
+def test_reading_leaves_the_stream_of_random_numbers_alone(tmp_path, ptbxl):
+    """The weights that are drawn next do not depend on what was in the cache."""
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    read(tmp_path / "cache", find_records(str(ptbxl), sample_rate_hz=100))
+    assert torch.equal(torch.rand(2), expected)
+
+
 @pytest.fixture
 def reads(monkeypatch):
     """Names of the records that are read from now on."""

@@ -701,9 +701,8 @@ def test_the_page_shows_the_strip_in_scale_the_verdict_and_the_types(
     (verdict,) = figure.texts
     lines = verdict.get_text().splitlines()
     words = extras.detect.verdict_lines(entry["any_infarct"])
-    assert lines[: len(words)] == words
     # What trained the detector stands on the page that is shown around.
-    assert " ".join(lines[len(words) :]) == text.splitlines()[0]
+    assert " ".join(lines) == " ".join([*words, text.splitlines()[0]])
     assert "false alarms: " in verdict.get_text()
 
 
@@ -722,6 +721,27 @@ def test_no_verdict_looks_neither_positive_nor_negative(tmp_path, probes, record
         assert min(red, green, blue) > 0.7  # no red lamp and no green one
         looks.add((box.get_facecolor(), box.get_linestyle()))
     assert len(looks) == 3
+
+
+def test_the_shipped_detector_fits_on_its_page_and_says_that_four_seconds_are_few(
+    tmp_path, capsys, pages
+):
+    np.save(tmp_path / "x.npy", made_up(1, seconds=4)[0][0, 0])
+    flags = [tmp_path / "x.npy", "--sample-rate", 100, "--picture", tmp_path / "p.png"]
+    code, out, errors = call(extras.detect.main, capsys, *flags)
+    assert (code, errors) == (0, []) and "warning: 4.0 s, and the rates" in out
+    ((figure, _),) = pages
+    (verdict,) = figure.texts
+    assert verdict.get_window_extent().x1 < figure.get_window_extent().x1
+    assert "by a hand-held device were positive" in " ".join(verdict.get_text().split())
+
+
+def test_what_is_known_of_the_data_is_said_once():
+    """Of ECGFounder's own neither folds nor the number of records are known."""
+    known = {"data": "mimic", "use": "validation", "folds": [], "labels": False, "records": 5000}
+    unknown = {"data": "ECGFounder's own", "labels": True}
+    words = extras.detect.describe_data([unknown, known, unknown])
+    assert words == "ECGFounder's own with labels; chosen by mimic, 5,000 records without labels"
 
 
 def test_pages_of_short_and_long_recordings_and_places_that_cannot_be(

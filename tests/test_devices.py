@@ -37,7 +37,7 @@ def test_scores_are_of_heads_that_did_not_see_the_record():
 
 
 def test_atrial_fibrillation_is_told_by_what_the_embedding_holds(device, tiny, monkeypatch, capsys):
-    _, labels = devices.find(device, None, 100)
+    _, labels = devices.find_labelled(device, None, 100)
     assert labels.tolist() == [*20 * "A", *20 * "N", *20 * "~"]
     own = torch.from_numpy((labels == "A") + np.zeros((4, 60))).T.float()
     noise = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def test_atrial_fibrillation_is_told_by_what_the_embedding_holds(device, tiny, m
 
 def test_a_random_encoder_is_built_like_the_file_and_is_another_for_each_seed(tiny):
     rows = devices.open_encoders([f"ours={tiny[1]}", "random=random,random"])
-    (ours,), (first, second) = rows["ours"], rows["random"]
+    (_, (ours,)), (_, (first, second)) = rows
     assert first.architecture == ours.architecture and first.preprocessing == ours.preprocessing
     states = [torch.cat([p.flatten() for p in e.parameters()]) for e in (ours, first, second)]
     assert not torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
@@ -138,6 +138,16 @@ def test_alarms_of_a_fold_behind_filters(ptbxl, tmp_path, capsys):
         share = np.mean(np.array(scores)[infarct] >= threshold)
         assert line.split("|")[4].strip() == f"{share:.1%}"
     assert "upside down" in lines[6]
+    assert "first 6 s" in lines[9] and "first 4 s" in lines[10]
+    alone = [detector(records.read(i, ("I",), 100)[:, :400], 100) for i in range(len(records))]
+    positive = np.array([1 - np.prod([1 - p for p in one.values()]) >= threshold for one in alone])
+    assert lines[10].split("|")[4].strip() == f"{positive[infarct].mean():.1%}"
+
+
+def test_names_of_rows():
+    assert devices.named("ours=a.pt,b.pt") == ("ours", ["a.pt", "b.pt"])
+    for path in ("a.pt", "runs/lr=1e-3/best.pt"):
+        assert devices.named(path) == (path, [path])
 
 
 def test_retrieval_among_equally_many(tmp_path, ptbxl, tiny, monkeypatch, capsys):
@@ -149,7 +159,7 @@ def test_retrieval_among_equally_many(tmp_path, ptbxl, tiny, monkeypatch, capsys
     devices.main(["retrieval", str(ptbxl), *flags])
     line = capsys.readouterr().out.splitlines()[-1]
     cells = [cell.strip() for cell in line[1:-1].split("|")]
-    assert cells == ["all", "8", "2", "4.0 %", "50.0 %", "100.0 %"]
+    assert cells == ["no label", "8", "2", "4.0 %", "50.0 %", "100.0 %"]
 
 
 def test_what_is_missing_is_said(device, capsys):
@@ -157,6 +167,7 @@ def test_what_is_missing_is_said(device, capsys):
         (["rhythm", str(device)], "rhythm needs --encoder"),
         (["band", str(device)], "band needs --probe"),
         (["retrieval", str(device), "--encoder", "a.pt"], "retrieval needs --teacher"),
+        (["retrieval", str(device), "--encoder", "a=b,c", "--teacher", "t"], "2 encoders"),
     ):
         with pytest.raises(SystemExit):
             devices.main(arguments)

@@ -294,14 +294,19 @@ def test_unfinished_runs_are_refused(copies, missing, damage):
         np.savez(buffer, other=np.zeros(3))
         foreign = {"results.json": b"{}", "predictions.npz": buffer.getvalue()}
         path.write_bytes(foreign.get(missing, b"other"))
-    refused(copies, "run2: no finished run of train_probe.py")
+    said = {
+        "results.json": "run2: no finished run of train_probe.py",
+        "probe.pt": "run2/probe.pt: (there is no such file|not a readable checkpoint)",
+        "predictions.npz": "run2: no readable predictions.npz",
+    }
+    refused(copies, said[missing])
 
 
 def test_a_folder_that_is_there_is_never_written_into(copies, tmp_path):
     before = {path: path.read_bytes() for folder in copies for path in folder.iterdir()}
-    refused(copies, "--out .*run1: is there already", "--out", str(copies[0]))
+    refused(copies, "--out .*run1: File exists", "--out", str(copies[0]))
     (tmp_path / "file").write_text("mine")
-    refused(copies, "--out .*file: is there already", "--out", str(tmp_path / "file"))
+    refused(copies, "--out .*file: File exists", "--out", str(tmp_path / "file"))
     refused(copies, "--out .*file/new: Not a directory", "--out", str(tmp_path / "file/new"))
     assert before == {path: path.read_bytes() for path in before}
     assert (tmp_path / "file").read_text() == "mine"

@@ -70,8 +70,14 @@ def test_how_many_records_meet_what(monkeypatch):
 def test_recorders_take_scored_records_only(tmp_path):
     flags = dict(data=["synthetic:200"], multi="random", loss="softmax", size="small", epochs=1)
     flags |= dict(sample_rate=100, batch_size=16, workers=0, cache="none", normalize="none")
-    config = recorders.RecorderConfig(out=str(tmp_path / "a"), **flags)
-    with pytest.raises(UsageError, match="a recorder passes what is scored"):
+    with pytest.raises(UsageError, match="--normalize none: a simple recorder has lead I"):
+        recorders.RecorderConfig(out=str(tmp_path / "a"), **flags)
+    with pytest.raises(UsageError, match="--lead V1: a simple recorder has lead I"):
+        recorders.RecorderConfig(lead="v1")
+    # As an encoder brings it along.
+    config = recorders.RecorderConfig(out=str(tmp_path / "a"), **flags | dict(normalize=None))
+    config.normalize = "none"
+    with pytest.raises(UsageError, match="lead I, --normalize none --filter none; a simple"):
         recorders.main(config)
 
 

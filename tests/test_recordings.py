@@ -13,7 +13,7 @@ from conftest import MIMIC_ORDER, made_up, write_record
 from probes import NINE, rows_of
 
 import selfmis
-from extras.recordings import beats_differ, check_recording, fill_gaps, find_beats
+from extras.recordings import beats_differ, check_recording, cut_beats, fill_gaps
 from extras.recordings import read_recording
 from extras.synthetic import synthesize
 from selfmis import LEADS, STATEMENTS, UsageError
@@ -191,6 +191,8 @@ def test_arrays_of_every_shape_and_unit(tmp_path, source):
         ("Low cut: 0.5 Hz\nFréquence d'échantillonnage;500 Hz", 500),
         ("Messrate,512 Hertz", 512),
         ("Örnekleme Hızı,512 hertz", 512),
+        ("Low pass: 100 Hz\nSample Rate,500 Hz", 500),
+        ("Filter: 0.05 - 100 Hz\nNotch filter at 100 Hz\nAbtastrate: 250 Hz", 250),
     ],
 )
 def test_the_one_frequency_in_a_header(tmp_path, lead_one, header, rate):
@@ -214,6 +216,11 @@ def test_the_one_frequency_in_a_header(tmp_path, lead_one, header, rate):
         "Bandwidth: 0.05-500 Hz",
         "Filtre: 50 Hz",
         "Netzfrequenz 50 Hz",
+        "Filter: 0.05 - 100 Hz",
+        "Low pass: 100 Hz",
+        "LP 125 Hz",
+        "Lowpass: 250 Hz",
+        "Sampling 500 Hz, bandwidth 150 Hz",  # whose is which is not for us to say
         "fs=1.2.3",
         "Abtastintervall: 2 ms",
         # Not in the contract any more: a rate without its unit, a number that may be thousands.
@@ -927,11 +934,11 @@ def test_an_irregular_rhythm_is_no_noise_and_two_beats_tell_nothing():
         return beat + t_wave + 0.01 * random.standard_normal(len(t))
 
     irregular = rhythm(np.cumsum(random.uniform(0.4, 1.2, 11)))
-    assert len(find_beats(irregular)) >= 8 and not beats_differ(irregular)
+    assert len(cut_beats(irregular)) >= 8 and not beats_differ(irregular)
     every_second = rhythm(np.arange(1, 9)) - 2 * rhythm(np.arange(2, 9, 2))
     assert beats_differ(every_second)  # as the docstring says
     opposite = (rhythm([1]) - rhythm([2]))[:300]
-    assert len(find_beats(opposite)) == 2 and not beats_differ(opposite)
+    assert len(cut_beats(opposite)) == 2 and not beats_differ(opposite)
 
 
 @pytest.mark.parametrize("T", [1, 5, 100])
@@ -975,7 +982,7 @@ def test_rates_that_contradict_each_other_are_said_and_the_flag_wins(tmp_path, s
     for path, flag, used, others in (
         (tmp_path / "r", 250, 250, ["500"]),
         (header, 250, 250, ["512"]),
-        (column, None, 512, ["500"]),
+        (column, None, 500, ["512"]),  # measured, where a header may speak of something else
         (column, 250, 250, ["512", "500"]),
     ):
         _, rate, (text,) = read_recording(path, ("I",), sample_rate_hz=flag)

@@ -100,11 +100,15 @@ def test_what_it_does_on_a_hand_held_device_is_counted_among_normal_records(tmp_
     rhythms = "6 recordings of a normal rhythm"
     share = f"at a specificity of 90 %, {positive:.0%}"
     sentence = f"{share} of {rhythms} by a hand-held device were positive"
-    assert ship.handheld_rate(probe, tmp_path) == sentence
+    assert ship.handheld_rate(probe, ship.normal_recordings(tmp_path)) == sentence
     write_record(tmp_path / "other/R00", x[0, :1], ("I",))
     (tmp_path / "other/REFERENCE.csv").write_text("R00,A\n")
     with pytest.raises(UsageError, match="labels no record N"):
-        ship.handheld_rate(probe, tmp_path / "other")
+        ship.normal_recordings(tmp_path / "other")
+    write_record(tmp_path / "short/R00", x[0, :1, :200], ("I",))
+    (tmp_path / "short/REFERENCE.csv").write_text("R00,N\n")
+    with pytest.raises(UsageError, match="short/R00: 2.00 s of ECG is too short"):
+        ship.normal_recordings(tmp_path / "short")
 
 
 def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(tmp_path, monkeypatch):
@@ -115,13 +119,13 @@ def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(tmp_pat
     def run_missing(runs, folder, jobs):
         started.extend(runs)
 
-    def rate(path, folder):
+    def rate(path, recordings):
         kinds = {value.dtype for value in selfmis.read_checkpoint(path)["encoder"].values()}
-        return f"of {folder.name}, {kinds}"
+        return f"of {recordings}, {kinds}"
 
     monkeypatch.setattr(ship, "WEIGHTS", weights)
     monkeypatch.setattr(ship.table1, "run_missing", run_missing)
-    monkeypatch.setattr(ship, "normal_recordings", lambda folder: None)
+    monkeypatch.setattr(ship, "normal_recordings", lambda folder: folder.name)
     monkeypatch.setattr(ship, "handheld_rate", rate)
     ship.main(["anywhere", "--handheld", "device", "--out", str(out)])
     assert tuple(started) == ship.RUNS
