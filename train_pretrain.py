@@ -77,6 +77,8 @@ class PretrainConfig(Config):
 class Training:
     """What one run holds while it trains."""
 
+    kind = "pretrain"  # what its files say they are
+
     config: PretrainConfig
     ranks: Ranks
     out: Path
@@ -432,7 +434,7 @@ def finish_epoch(run: Training, metrics: dict) -> None:
     selfmis.append_log(run.out, run.last_entry)
     if is_best:
         content = selfmis.encoder_content(run.model.encoder, run.spec, run.training_data)
-        content |= dict(kind="pretrain", metrics=run.last_entry, config=vars(run.config))
+        content |= dict(kind=run.kind, metrics=run.last_entry, config=vars(run.config))
         selfmis.save(run.out / "best.pt", content | selfmis.environment())
     save_last(run)
     recall = " ".join(f"R@{n} {metrics[f'r{n}']:.2f} %" for n in (1, 5, 10) if f"r{n}" in metrics)
@@ -447,7 +449,7 @@ def save_last(run: Training) -> None:
         return
     content = selfmis.encoder_content(run.model.encoder, run.spec, run.training_data)
     content |= {name: getattr(run, name) for name in PROGRESS}
-    content |= dict(kind="pretrain", config=vars(run.config), world_size=run.ranks.world_size)
+    content |= dict(kind=run.kind, config=vars(run.config), world_size=run.ranks.world_size)
     content |= run.learner.state(run.train_rows) | dict(teacher_digest=run.teacher_digest)
     selfmis.save(run.out / "last.pt", content | selfmis.environment())
 

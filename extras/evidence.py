@@ -1,13 +1,14 @@
-"""The commands behind extras/RESULTS.md, its tables and its picture, and the README's table.
+"""The commands behind the first seven tables of extras/RESULTS.md, and the README's table.
 
     python -m extras.evidence PTBXL --val-fold 8 --test-fold 9 --out runs/evidence
     python -m extras.evidence PTBXL --val-fold 8 --test-fold 9 --out runs/evidence --tables
     python -m extras.evidence picture
 
-The first starts what is missing of RUNS, each command as somebody would type it, then prints every
-table; --tables only prints them.  Some eighty runs, ten to fifteen hours on two cores; one that was
-cut off goes on, a finished one is not touched.  `picture` draws extras/results.png from the main
-table in extras/RESULTS.md and prints the README's table from it, so that the three cannot differ.
+The first starts what is missing of RUNS, each command as somebody would type it, then prints the
+tables; --tables only prints them (and fits two regressions on beats, for which it reads records).
+Some eighty runs, ten to fifteen hours on two cores; one that was cut off goes on, a finished one is
+not touched.  `picture` draws extras/results.png from the main table in extras/RESULTS.md and prints
+the README's table from it, so that the three cannot differ.
 """
 
 import argparse
@@ -50,7 +51,7 @@ SYNTHETIC = f"{FINETUNE} {SMALL} --data synthetic:15000 --synthetic-only --epoch
 
 # (name, number of seeds, command), in the order in which they need each other.  # stands for the
 # seed and @NAME for best.pt of that run; --data, the folds, --seed and --out are added, and every
-# alignment is probed, as NAME-probe.
+# alignment is probed, as NAME-probe.  Of a flag that stands twice in a command the last counts.
 RUNS = (
     ("teacher-#", 3, f"{FINETUNE} --lead all {SMALL}"),
     ("teacher-#-frozen", 1, f"{PROBE} @teacher-#"),

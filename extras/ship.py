@@ -50,7 +50,7 @@ def ship(flags: argparse.Namespace) -> None:
     recordings = normal_recordings(flags.handheld)  # refused before, not after an hour
     plan = (*table1.FIRST, *table1.THEN)
     runs = table1.all_runs(plan, evidence.shared_flags(flags), flags.out)
-    table1.run_missing({name: runs[name] for name in RUNS}, flags.out, jobs=1)
+    table1.run_chains({name: runs[name] for name in RUNS}, flags.out, jobs=1)
     probe = flags.out / RUNS[-1] / "probe.pt"
     content = selfmis.read_checkpoint(probe)
     content["config"]["data"] = ["ptb-xl"]  # not where it lies here

@@ -143,11 +143,11 @@ def test_one_lead_is_known_and_bit_equal():
 
 
 def test_what_a_judge_loses():
-    assert float(gan.is_real(torch.zeros(3))) == pytest.approx(math.log(2))
-    assert float(gan.is_made(torch.zeros(3))) == pytest.approx(math.log(2))
+    assert float(gan.loss_if_real(torch.zeros(3))) == pytest.approx(math.log(2))
+    assert float(gan.loss_if_made(torch.zeros(3))) == pytest.approx(math.log(2))
     sure = torch.full((3,), 50.0)
-    assert float(gan.is_real(sure)) < 1e-20 and float(gan.is_made(-sure)) < 1e-20
-    assert float(gan.is_real(-sure)) == float(gan.is_made(sure)) == 50
+    assert float(gan.loss_if_real(sure)) < 1e-20 and float(gan.loss_if_made(-sure)) < 1e-20
+    assert float(gan.loss_if_real(-sure)) == float(gan.loss_if_made(sure)) == 50
 
 
 @pytest.mark.parametrize("name", ["pix2pix", "cyclegan", "ekgan"])
@@ -172,7 +172,7 @@ def test_each_side_learns_from_its_own_loss(name, monkeypatch):
     if name == "cyclegan":
         without = gradients(tell_apart=lambda *_: torch.zeros(()))
     else:  # what is seen to be made, of detached pieces
-        without = gradients(is_made=lambda logits: 0 * logits.mean())
+        without = gradients(loss_if_made=lambda logits: 0 * logits.mean())
     generators = set(full) - judges
     for key in generators:
         torch.testing.assert_close(without[key], full[key])
@@ -182,7 +182,7 @@ def test_each_side_learns_from_its_own_loss(name, monkeypatch):
 
 def test_pix2pix_by_hand():
     torch.manual_seed(0)
-    method = pix2pix.Pix2Pix(pix2pix.Pix2PixConfig(size="small", distance=7.0)).eval()
+    method = pix2pix.Pix2Pix(pix2pix.Pix2PixConfig(size="small", error_weight=7.0)).eval()
     method.encoder.scale.fill_(0.25)
     ecg = 0.2 * normal(2, 12, 1000)
     with torch.no_grad():

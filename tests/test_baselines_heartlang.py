@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -329,7 +330,7 @@ def test_a_masked_word_is_not_given_away(ecg, reader, monkeypatch):
 def test_a_run_learns_words_then_reads_them_and_resumes(tmp_path, ptbxl, monkeypatch):
     out = tmp_path / "out"
     settings = dict(epochs=1, vocabulary_epochs=1, batch_size=8, warmup=0, workers=0, leads=1)
-    settings |= dict(data=[str(ptbxl)], size="small", cache=str(tmp_path / "cache"), out=str(out))
+    settings |= dict(data=[str(ptbxl)], size="small", out=str(out))
     config = HeartLangConfig(**settings)
     entry = heartlang.train(config)
     assert entry["epoch"] == 1 and np.isfinite([entry["train_loss"], entry["val_loss"]]).all()
@@ -344,6 +345,13 @@ def test_a_run_learns_words_then_reads_them_and_resumes(tmp_path, ptbxl, monkeyp
     steps = []
     monkeypatch.setattr(train_pretrain, "train_one_epoch", steps.append)
     assert heartlang.train(dataclasses.replace(config, resume=True)) == entry and not steps
+    assert (tmp_path / "cache").is_dir() and not (out / "cache").exists()  # one for both
+
+    # A folder that is taken is refused before the vocabulary trains.
+    shutil.rmtree(out / "words")
+    with pytest.raises(UsageError, match="holds a run"):
+        heartlang.train(config)
+    assert not (out / "words").exists()
 
 
 def test_another_rate_is_refused():

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -141,9 +142,25 @@ def test_runs_and_their_probes_follow_each_other(tmp_path, monkeypatch):
     runs = dict.fromkeys(
         ["clocs-1-0", "clocs-1-0-probe", "random-0", "scratch-0", "scratch-0-frozen"]
     )
-    table1.run_missing(runs, tmp_path, jobs=2)
+    table1.run_chains(runs, tmp_path, jobs=2)
     together = [["clocs-1-0", "clocs-1-0-probe"], ["random-0"], ["scratch-0", "scratch-0-frozen"]]
     assert sorted(chains) == together
+
+
+def test_after_a_run_that_fails_no_other_is_started(tmp_path, monkeypatch):
+    started = []
+
+    def run_missing(chain, out):
+        started.append(next(iter(chain)))
+        if "bad" in chain:
+            raise SystemExit("bad: the run failed")
+        time.sleep(0.2)
+
+    monkeypatch.setattr(evidence, "run_missing", run_missing)
+    runs = dict.fromkeys(["slow", "bad", "a", "b", "c"])
+    with pytest.raises(SystemExit, match="bad: the run failed"):
+        table1.run_chains(runs, tmp_path, jobs=2)
+    assert len(started) <= 3  # one may begin before the failure is seen
 
 
 def test_picture_and_readme_table_are_drawn_from_the_results(tmp_path, monkeypatch, capsys):

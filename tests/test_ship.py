@@ -116,7 +116,7 @@ def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(tmp_pat
     (out / "recorders-0-probe").mkdir(parents=True)
     write_probe(out / "recorders-0-probe/probe.pt")
 
-    def run_missing(runs, folder, jobs):
+    def run_chains(runs, folder, jobs):
         started.extend(runs)
 
     def rate(path, recordings):
@@ -124,7 +124,7 @@ def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(tmp_pat
         return f"of {recordings}, {kinds}"
 
     monkeypatch.setattr(ship, "WEIGHTS", weights)
-    monkeypatch.setattr(ship.table1, "run_missing", run_missing)
+    monkeypatch.setattr(ship.table1, "run_chains", run_chains)
     monkeypatch.setattr(ship, "normal_recordings", lambda folder: folder.name)
     monkeypatch.setattr(ship, "handheld_rate", rate)
     ship.main(["anywhere", "--handheld", "device", "--out", str(out)])

@@ -62,8 +62,8 @@ class BaselineConfig(Config):
             raise UsageError(f"--lead {self.lead}: give --leads 1 for lead I, --leads 12 for all")
         if self.compile:
             raise UsageError("--compile: not for a baseline, whose encoder is called in parts")
-        if self.normalize not in (None, "zscore"):
-            raise UsageError(f"--normalize {self.normalize}: views are always scored")
+        if self.normalize is not None:
+            raise UsageError("--normalize: each method has its own way; leave it out")
 
     def demonstration(self) -> dict:
         processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -167,7 +167,10 @@ def to_view(ecg: torch.Tensor, leads: int) -> torch.Tensor:
 
 
 def zscore(x: torch.Tensor) -> torch.Tensor:
-    """(B, L, T) minus its mean, over its deviation, all leads together, as `preprocess` does it."""
+    """(B, L, T) minus its mean, over its deviation, all leads together.
+
+    As `preprocess` does it for ten seconds; the zeros behind a shorter record are scored, too.
+    """
     deviation = x.std((1, 2), correction=0, keepdim=True)
     deviation = torch.where(deviation > 0, deviation, 1)  # a flat view stays flat
     return (x - x.mean((1, 2), keepdim=True)) / deviation
@@ -200,6 +203,8 @@ def recompute_limbs(ecg: torch.Tensor) -> torch.Tensor:
 @dataclasses.dataclass
 class BaselineTraining(Training):
     """train_pretrain.py's run, whose steps are those of a Method."""
+
+    kind = "baseline"
 
     @property
     def steps(self) -> int:
@@ -329,6 +334,8 @@ def describe(run: BaselineTraining) -> dict:
         f"{ranks.device.type}, amp {run.learner.amp}\n{len(run.train_rows):,} records, "
         f"{run.steps:,} steps an epoch; {len(run.val_rows):,} validate; {labels}"
     )
+    if len(run.val_rows) < config.batch_size * ranks.world_size:
+        ranks.print("warning: they fill no batch, so nothing is validated, nor a collapse noticed")
     if run.model.legend():
         ranks.print(run.model.legend())
     return dict(
@@ -375,7 +382,7 @@ def finish_epoch(run: BaselineTraining, metrics: dict) -> None:
         return
     selfmis.append_log(run.out, run.last_entry)
     content = selfmis.encoder_content(run.model.encoder, run.spec, run.training_data)
-    content |= dict(kind="baseline", method=type(run.model).__name__)
+    content |= dict(kind=run.kind, method=type(run.model).__name__)
     content |= dict(metrics=run.last_entry, config=vars(run.config))
     selfmis.save(run.out / "best.pt", content | selfmis.environment())
     train_pretrain.save_last(run)

@@ -17,7 +17,14 @@ import torch
 
 from extras.baselines.common import run_baseline
 from extras.baselines.gan import GenerativeConfig, GenerativeMethod, PatchDiscriminator, UNet
-from extras.baselines.gan import UNetGenerator, as_image, distance, frozen, is_made, is_real
+from extras.baselines.gan import (
+    UNetGenerator,
+    as_image,
+    distance,
+    frozen,
+    loss_if_made,
+    loss_if_real,
+)
 from extras.baselines.gan import repeat_lead, width_of
 from selfmis import flag
 
@@ -48,8 +55,8 @@ class CycleGAN(GenerativeMethod):
         made_multi, made_single = there(single)[0], back(multi)[0]
         circles = distance(back(made_multi)[0], single) + distance(there(made_single)[0], multi)
         kept = distance(there(multi)[0], multi) + distance(back(single)[0], single)
-        fooled = is_real(frozen(self.judge_multi, made_multi))
-        fooled = fooled + is_real(frozen(self.judge_single, made_single))
+        fooled = loss_if_real(frozen(self.judge_multi, made_multi))
+        fooled = fooled + loss_if_real(frozen(self.judge_single, made_single))
         judged = tell_apart(self.judge_multi, multi, made_multi)
         judged = judged + tell_apart(self.judge_single, single, made_single)
         # A circle counts for both generators, and its gradient reaches both at once.
@@ -60,7 +67,7 @@ class CycleGAN(GenerativeMethod):
 
 def tell_apart(network: PatchDiscriminator, true: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """Half the loss of telling them apart."""
-    return (is_real(network(true)) + is_made(network(made.detach()))) / 2
+    return (loss_if_real(network(true)) + loss_if_made(network(made.detach()))) / 2
 
 
 if __name__ == "__main__":

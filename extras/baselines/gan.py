@@ -35,8 +35,8 @@ class GenerativeConfig(BaselineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.filter not in (None, "none") or self.normalize is not None:
-            raise UsageError("--filter, --normalize: generators work on millivolts as recorded")
+        if self.filter not in (None, "none"):
+            raise UsageError("--filter: generators work on millivolts as recorded")
 
 
 def as_image(ecg: torch.Tensor) -> torch.Tensor:
@@ -131,13 +131,13 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
 
 
-def is_real(logits: torch.Tensor) -> torch.Tensor:
-    """The loss of calling these real: binary cross-entropy against 1."""
+def loss_if_real(logits: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy against 1: these are real."""
     return F.softplus(-logits.float()).mean()
 
 
-def is_made(logits: torch.Tensor) -> torch.Tensor:
-    """The loss of calling these made up: binary cross-entropy against 0."""
+def loss_if_made(logits: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy against 0: these are made."""
     return F.softplus(logits.float()).mean()
 
 
@@ -160,10 +160,10 @@ def conditional_losses(
     judge: nn.Module, given: torch.Tensor, true: torch.Tensor, made: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, 1, 16, T) -> the generator's loss, and that of a judge who sees `given` too."""
-    fooled = is_real(frozen(judge, torch.cat([given, made], 1)))
+    fooled = loss_if_real(frozen(judge, torch.cat([given, made], 1)))
     seen_true = judge(torch.cat([given, true], 1))
     seen_made = judge(torch.cat([given, made.detach()], 1))
-    return fooled, is_real(seen_true) + is_made(seen_made)
+    return fooled, loss_if_real(seen_true) + loss_if_made(seen_made)
 
 
 class Generator(nn.Module):

@@ -21,7 +21,7 @@ from selfmis import flag
 @dataclasses.dataclass
 class Pix2PixConfig(GenerativeConfig):
     out: str = flag("runs/pix2pix", "folder of the run", metavar="DIR")
-    distance: float = flag(50.0, "weight of the mean absolute error")
+    error_weight: float = flag(50.0, "of the mean absolute error")
 
 
 class Pix2Pix(GenerativeMethod):
@@ -42,7 +42,7 @@ class Pix2Pix(GenerativeMethod):
         error = distance(made, true)
         fooled, judged = conditional_losses(self.judge, given, true, made)
         numbers = dict(error=error.detach(), fooled=fooled.detach(), judged=judged.detach())
-        return fooled + self.config.distance * error + judged, numbers
+        return fooled + self.config.error_weight * error + judged, numbers
 
 
 if __name__ == "__main__":

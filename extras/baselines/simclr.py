@@ -10,7 +10,8 @@ up to 0.5 mV on every lead, a step of 1 mV); here each comes with probability 1/
 there is a gain.  --published goes back to them.  There is no powerline at 100 Hz, where 50 Hz lies
 on the edge and 60 Hz would fold to 40.  Leads are blanked with --leads 12 only.  Views are always
 scored, five seconds at a time, where the published ones stay in millivolts; leads are blanked
-behind that, so that one that is left is not larger than a probe will show it.
+behind that, so that one that is left is not larger than a probe will show it.  And common.py's
+schedule.
 """
 
 import dataclasses

@@ -12,8 +12,10 @@ patches of the leads that are there, normalised, over three crops of nine second
 
 Departures from the published form: `--size small` sees the eight independent leads, because a
 masked III could be read off I and II; records are not filtered (0.67 to 40 Hz there) and scored
-whole, not by crop; public code, given one lead, copies it to all twelve.  Features of masked
-autoencoders probe badly: see what train_probe.py --finetune makes of them too.
+whole, not by crop; no warm-up but with --size small, and the rate of 256 records is not scaled to
+the batch of several processes (give --lr); public code, given one lead, copies it to all twelve.
+And common.py's schedule.  Features of masked autoencoders probe badly: see what train_probe.py
+--finetune makes of them too.
 """
 
 import dataclasses

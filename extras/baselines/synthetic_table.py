@@ -25,7 +25,7 @@ import numpy as np
 
 import train_probe
 from extras import command_parser, evidence, run_action
-from extras.baselines.table1 import add_flags, run_missing
+from extras.baselines.table1 import add_flags, run_chains
 from extras.evidence import shared_flags
 from selfmis import UsageError, import_optional
 
@@ -208,9 +208,9 @@ def draw_curves(curves: dict[str, dict[str, list]], path: Path) -> None:
 def run_table(flags: argparse.Namespace) -> None:
     shared, out = shared_flags(flags), flags.out
     if not flags.tables:
-        run_missing(pretraining_runs(flags.networks, shared, out), out, flags.jobs)
+        run_chains(pretraining_runs(flags.networks, shared, out), out, flags.jobs)
         runs = finetuning_runs(flags.networks, flags.shares, flags.seeds, shared, out)
-        run_missing(runs, out, flags.jobs)
+        run_chains(runs, out, flags.jobs)
     curves = {}
     for network in flags.networks:
         lines = print_network(out, network, flags.shares, flags.seeds)

@@ -13,7 +13,7 @@ Minutes are those of the run itself, without its teacher's or its start's.
 
 import argparse
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,16 +73,22 @@ def all_runs(plan: tuple, shared: list[str], out: Path) -> dict[str, list[str]]:
     return runs
 
 
-def run_missing(runs: dict[str, list[str]], out: Path, jobs: int) -> None:
-    """Every run that is not finished and then its probe, `jobs` of them at once."""
+def run_chains(runs: dict[str, list[str]], out: Path, jobs: int) -> None:
+    """Every run that is not finished and then its probe, `jobs` of them at once.
+
+    After one that fails no other is started.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     chains = {}
     for run in runs:
         start = run.removesuffix("-probe").removesuffix("-frozen")
         chains.setdefault(start, {})[run] = runs[run]
     with ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(lambda chain: evidence.run_missing(chain, out), chains.values()):
-            pass
+        futures = [pool.submit(evidence.run_missing, chain, out) for chain in chains.values()]
+        for future in as_completed(futures):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
+                raise future.exception()
 
 
 class Row(NamedTuple):
@@ -182,7 +188,7 @@ def print_tables(out: Path) -> None:
     """A table for each head, of what is there."""
     for head in ("logistic", "adam"):
         lines = [["method", "sees", "network", "labels", "seeds", *evidence.MEANS.values()]]
-        lines[0] += ["44, fold 8", "six minus SelfMIS", "R@1", "its minutes", "nine, paper"]
+        lines[0] += ["44, validation", "six minus SelfMIS", "R@1", "its minutes", "nine, paper"]
         selfmis_scores = evidence.scores(out, tuple(SELFMIS), head)
         for row in ROWS:
             own = evidence.scores(out, tuple(row.runs), head + row.head)
@@ -202,7 +208,7 @@ def run_table(flags: argparse.Namespace) -> None:
     for plan in (FIRST, THEN):
         runs = all_runs(plan, shared_flags(flags), flags.out)
         if not flags.tables:
-            run_missing(runs, flags.out, flags.jobs)
+            run_chains(runs, flags.out, flags.jobs)
     print_tables(flags.out)
 
 

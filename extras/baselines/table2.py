@@ -12,7 +12,7 @@ from pathlib import Path
 
 from extras import command_parser, evidence, run_action
 from extras.baselines import generated
-from extras.baselines.table1 import BF16, FIRST, add_flags, run_missing
+from extras.baselines.table1 import BF16, FIRST, add_flags, run_chains
 from extras.evidence import PROBE, shared_flags
 
 GENERATIVE = ("pix2pix", "cyclegan", "ekgan", "mcma", "mcma-1", "mcma-2")  # method and seed
@@ -43,7 +43,7 @@ def is_stale(folder: Path) -> bool:
 def run_table(flags: argparse.Namespace) -> None:
     shared, out = shared_flags(flags), flags.out
     if not flags.tables:
-        run_missing(all_runs(shared, out), out, flags.jobs)
+        run_chains(all_runs(shared, out), out, flags.jobs)
     for name in (*GENERATIVE, "fir"):
         source = "fir" if name == "fir" else str(out / name / "best.pt")
         if not flags.tables and is_stale(out / name):

@@ -2,14 +2,16 @@
 
     python -m extras.baselines.wav2vec2 --data ptb-xl --sample-rate 100 --size small --out runs/w2v
 
-Of a random segment of five seconds half of the tokens, in spans of 320 ms, are replaced by one
-learned vector.  What the transformer puts in a hole must be nearer to the quantised latent that was
-there than to K quantised latents of other holes of the same segment.  The quantiser picks one
-codeword in each of two groups by a Gumbel softmax; a diversity term keeps its codebook in use.
+Of a random segment of five seconds half of the tokens, in spans of 320 ms (`--size small`: at 100
+Hz), are replaced by one learned vector.  What the transformer puts in a hole must be nearer to the
+quantised latent that was there than to K quantised latents of other holes of the same segment.  The
+quantiser picks one codeword in each of two groups by a Gumbel softmax; a diversity term keeps its
+codebook in use.
 
 Departures from the published form: the temperature of the Gumbel softmax reaches 0.5 after 70 % of
 the run, whatever its length; the batch of all processes counts in the diversity term; records are
-scored, where the published ones stay in millivolts.
+scored, where the published ones stay in millivolts; the dropouts of the projected and of the
+quantised latents are left out.  And common.py's schedule.
 """
 
 import dataclasses
