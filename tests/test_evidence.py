@@ -16,13 +16,14 @@ from methods import GENERATIVE, METHODS
 import selfmis
 import train_pretrain
 import train_probe
-from extras import evidence, recorders, speed, speed_gpu, timing
+from extras import evidence, halves, recorders, speed, speed_gpu, timing
 from extras.baselines import table1, table2
 
 CONFIGS = {
     "train_pretrain.py": train_pretrain.PretrainConfig,
     "train_probe.py": train_probe.ProbeConfig,
     "extras.recorders": recorders.RecorderConfig,
+    "extras.halves": halves.HalvesConfig,
     **{f"extras.baselines.{name}": config for name, (_, config) in (METHODS | GENERATIVE).items()},
 }
 RUNS = evidence.all_runs(evidence.RUNS, ["--data", "ptb-xl"], Path("runs"))

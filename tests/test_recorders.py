@@ -1,4 +1,4 @@
-"""extras/recorders.py: what a simple recorder makes of a record."""
+"""extras/recorders.py and extras/halves.py: what they show the student."""
 
 import math
 
@@ -9,7 +9,8 @@ from conftest import made_up
 from scipy import signal
 
 import selfmis
-from extras import recorders
+from extras import halves, recorders
+from extras.baselines import crops
 from extras.baselines.common import generator
 from selfmis import UsageError
 
@@ -98,6 +99,31 @@ def test_every_record_passes_a_recorder_of_its_own_and_keeps_its_place_in_time()
     peak = int(x[0, 0, 20:980].argmax()) + 20
     near = one[:, 0, peak - 10 : peak + 11].argmax(1) - 10
     assert near.abs().max() <= 1
+
+
+def test_halves_are_what_the_student_sees_and_whole_records_validate(tmp_path, monkeypatch):
+    flags = dict(data=["synthetic:200"], multi="random", loss="softmax", size="small", epochs=1)
+    flags |= dict(sample_rate=100, batch_size=16, workers=0, cache="none", amp="off")
+    seen = []
+    real = selfmis.SelfMIS.forward
+
+    def spy(self, x, *rest):
+        seen.append(x)
+        return real(self, x, *rest)
+
+    monkeypatch.setattr(selfmis.SelfMIS, "forward", spy)
+    entry = halves.main(halves.HalvesConfig(out=str(tmp_path / "a"), **flags))
+    assert [x.shape for x in seen] == 10 * [(16, 1, 500)] and np.isfinite(entry["val_loss"])
+    spread = torch.stack([x.std((1, 2)) for x in seen])
+    assert 0.15 < spread.log().std() < 0.4  # a gain, and halves that are louder than others
+    # As extras/baselines/crops.py draws them.
+    x = torch.arange(1000.0).expand(500, 1, 1000)
+    half = crops.random_half(x, generator(0, 0))
+    gain = half[..., 1] - half[..., 0]  # (B, 1)
+    start = half[..., 0] / gain
+    assert (
+        start.min() < 10 and start.max() > 490 and gain.log().std() == pytest.approx(0.2, rel=0.1)
+    )
 
 
 def test_it_trains_as_train_pretrain_does_but_on_other_views(tmp_path, monkeypatch):

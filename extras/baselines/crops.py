@@ -44,10 +44,14 @@ class Crops(Method):
         return ResNet1D(config.leads, **SIZES["small"])
 
     def forward(self, ecg, patients, draw, labels):
-        whole = zscore(to_view(ecg, self.config.leads))  # (B, L, T)
-        gain = torch.exp(GAIN * torch.randn(len(whole), 1, 1, generator=draw))
-        half = random_segment(whole, draw) * gain.to(whole)  # (B, L, T / 2)
+        half = random_half(zscore(to_view(ecg, self.config.leads)), draw)
         return statement_loss(self.classify(self.encoder(half)), labels), {}
+
+
+def random_half(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """Scored records (B, L, T) -> five seconds of each at another gain, (B, L, T // 2)."""
+    gain = torch.exp(GAIN * torch.randn(len(x), 1, 1, generator=draw))
+    return random_segment(x, draw) * gain.to(x)
 
 
 if __name__ == "__main__":

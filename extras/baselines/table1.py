@@ -60,6 +60,7 @@ THEN = (  # what needs the weights of those
     ("softmax-free-#", 3, f"{ALIGN} --loss softmax --multi @clocs-resnet-12-0"),
     ("softmax-start-#", 3, f"{ALIGN} {START}"),
     ("recorders-#", 1, f"extras.recorders {BUDGET} {START}"),
+    ("halves-#", 3, f"extras.halves {BUDGET} --epochs 16 --loss softmax --multi @teacher-0"),
 )
 # Probed beside a random encoder of the same architecture.
 WITH_BASELINE = ("clocs-1-0", "st_mem-1-0", "heartlang-1-0")
@@ -145,6 +146,7 @@ ROWS = (
     Row("supervised, halves", "lead I", "ResNet1D", "all", with_seeds("crops-#-probe")),
     Row("SelfMIS, Eq. (3)", "both", "ResNet1D", "teacher's", with_seeds("paper-#-probe"), "82.6"),
     Row("SelfMIS, InfoNCE", "both", "ResNet1D", "teacher's", SELFMIS),
+    Row("SelfMIS, InfoNCE, halves", "both", "ResNet1D", "teacher's", with_seeds("halves-#-probe")),
     Row(
         "SelfMIS, InfoNCE, student from CLOCS",
         "both",
