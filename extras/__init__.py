@@ -1,4 +1,4 @@
-"""All that is beyond the method; nearly each file is a command: python -m extras.NAME."""
+"""All that is beyond the method; most files are commands: python -m extras.NAME."""
 
 import argparse
 import sys

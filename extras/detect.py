@@ -76,8 +76,9 @@ class Detector:
     or 12 for a probe of all leads. Returns {type: probability}, floats or arrays (N,). More than
     10 s are covered by windows of 10 s, spread evenly (they overlap where the length is no
     multiple); their probabilities are averaged, flat windows left out. 2.5 to 10 s are padded as
-    in `preprocess`. How well either does was not measured: PTB-XL has 10 s of each record.
-    Raises UsageError: another shape or type, too short, flat throughout.
+    in `preprocess`, and fewer infarcts are found in them (RESULTS.md, "Other devices"); what
+    averaging does was not measured, since PTB-XL has 10 s of each record. Raises UsageError:
+    another shape or type, too short, flat throughout.
 
     Attributes: leads, sample_rate_hz, preprocessing; content, the whole checkpoint.
     """
