@@ -15,6 +15,7 @@ from methods import GENERATIVE, METHODS
 
 import selfmis
 import train_pretrain
+from extras.halves import HalvesConfig
 from extras.recorders import RecorderConfig
 from train_pretrain import PretrainConfig
 from train_probe import ProbeConfig
@@ -22,6 +23,7 @@ from train_probe import ProbeConfig
 README = (HERE / "README.md").read_text()
 CONFIGS = {"train_pretrain": PretrainConfig, "train_probe": ProbeConfig}
 CONFIGS["recorders"] = RecorderConfig
+CONFIGS["halves"] = HalvesConfig
 BASELINES = {f"baselines.{name}": config for name, (_, config) in (METHODS | GENERATIVE).items()}
 SCRIPT = re.compile(r"(train_pretrain|train_probe)\.py([^`#|)&]*)")
 EXTRA = re.compile(r"-m extras\.([\w.]+)([^`#|)&>]*)")
