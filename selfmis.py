@@ -2042,7 +2042,7 @@ def open_pairs(config, records, rows, spec, ranks, teacher) -> Pairs:
     pairs = Pairs(dataset, teacher, ranks.device, workers, [], [], rows)
     if config.cache == "none":
         return pairs
-    folder = Path(config.cache or Path(config.out).absolute().parent / "cache")
+    folder = cache_folder(config)
     L = len(LEADS) if spec.lead == "all" else 1
     T = round(SECONDS * rate_hz)
     teacher_digest = weights_digest(teacher) if is_multi else None
@@ -2056,6 +2056,11 @@ def open_pairs(config, records, rows, spec, ranks, teacher) -> Pairs:
             shape = (N, teacher.embedding_dim)
             pairs.targets.append(CachedArray(folder, "targets", key, shape))
     return pairs
+
+
+def cache_folder(config: Config) -> Path:
+    """--cache, by default a folder beside OUT."""
+    return Path(config.cache or Path(config.out).absolute().parent / "cache")
 
 
 def weights_digest(encoder: nn.Module) -> str:

@@ -211,6 +211,11 @@ class BaselineTraining(Training):
         """Of an epoch."""
         return len(self.train_rows) // (self.config.batch_size * self.ranks.world_size)
 
+    @property
+    def can_validate(self) -> bool:
+        """Whether the validation records fill a batch."""
+        return len(self.val_rows) >= self.config.batch_size * self.ranks.world_size
+
     def step_loss(self, rows: np.ndarray, signals, targets) -> torch.Tensor:
         config, ranks = self.config, self.ranks
         self.model.progress = (self.epoch + self.step / self.steps) / config.epochs
@@ -334,7 +339,7 @@ def describe(run: BaselineTraining) -> dict:
         f"{ranks.device.type}, amp {run.learner.amp}\n{len(run.train_rows):,} records, "
         f"{run.steps:,} steps an epoch; {len(run.val_rows):,} validate; {labels}"
     )
-    if len(run.val_rows) < config.batch_size * ranks.world_size:
+    if not run.can_validate:
         ranks.print("warning: they fill no batch, so nothing is validated, nor a collapse noticed")
     if run.model.legend():
         ranks.print(run.model.legend())
@@ -353,7 +358,7 @@ def describe(run: BaselineTraining) -> dict:
 def validate(run: BaselineTraining) -> dict:
     """The method's own loss and numbers on the validation records, over whole batches."""
     config, ranks = run.config, run.ranks
-    if len(run.val_rows) < config.batch_size * ranks.world_size:
+    if not run.can_validate:
         return dict(val_loss=math.nan)
     fixed = dataclasses.replace(config, seed=0)
     batches = selfmis.epoch_batches(run.val_rows, fixed, 0, ranks)

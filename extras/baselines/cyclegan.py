@@ -17,15 +17,8 @@ import torch
 
 from extras.baselines.common import run_baseline
 from extras.baselines.gan import GenerativeConfig, GenerativeMethod, PatchDiscriminator, UNet
-from extras.baselines.gan import (
-    UNetGenerator,
-    as_image,
-    distance,
-    frozen,
-    loss_if_made,
-    loss_if_real,
-)
-from extras.baselines.gan import repeat_lead, width_of
+from extras.baselines.gan import UNetGenerator, as_image, distance, frozen
+from extras.baselines.gan import loss_if_made, loss_if_real, repeat_lead, width_of
 from selfmis import flag
 
 

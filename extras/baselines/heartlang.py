@@ -353,7 +353,7 @@ def train(config: HeartLangConfig) -> dict:
     """The vocabulary, then HeartLang; both go on where they were with --resume."""
     ranks = selfmis.join_ranks(config.device, config.seed)
     selfmis.open_run(common.with_budget(config, HeartLang))  # refused now, not after the first run
-    cache = config.cache or str(Path(config.out).absolute().parent / "cache")  # one for both
+    cache = str(selfmis.cache_folder(config))  # one for both
     own = dict(out=f"{config.out}/words", epochs=config.vocabulary_epochs, cache=cache)
     first = dataclasses.replace(config, **own, lr=None, warmup=None, weight_decay=None)
     common.pretrain(Vocabulary, first, ranks)
