@@ -645,7 +645,8 @@ def evaluate(heads: list[TrainedHead], test: Records) -> dict:
     for name in dict.fromkeys(head.name for head in heads):
         logits = [head.test_logits for head in at_full_labels(heads) if head.name == name]
         auc, draws = mean_auc(logits, y, patients)
-        summaries[name] = summarize(auc, draws, y) | dict(any=any_infarct(logits, y, patients))
+        scores = [infarct_score(one) for one in logits]
+        summaries[name] = summarize(auc, draws, y) | dict(any=any_infarct(scores, y, patients))
     return summaries[heads[0].name] | dict(heads=summaries, runs=runs)
 
 
@@ -704,15 +705,23 @@ def summarize(auc: np.ndarray, draws: np.ndarray, y: np.ndarray) -> dict:
     return summary
 
 
-def any_infarct(logits: list, y: np.ndarray, patients: np.ndarray) -> dict[str, dict]:
-    """AUC of 1 - prod(1 - p) over the nine types, against all other records and the normal ones."""
+def infarct_score(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """(N, 44) -> (N,) s by which any infarct is ranked; 1 - exp(-s) = 1 - prod(1 - p) of nine."""
+    logits = logits[:, NINE].astype(np.float64) / temperature
+    return np.logaddexp(0, logits).sum(1)  # log(1 + e^logit) = -log(1 - p)
+
+
+def any_infarct(scores: list, y: np.ndarray, patients: np.ndarray) -> dict[str, dict]:
+    """AUC of scores (N,), a run each, against all records without an infarct and the normal ones.
+
+    y (N, 44), patients (N,).
+    """
     infarct = y[:, NINE].any(1)
     found = {}
     everybody = np.ones_like(infarct)
     for other, rows in (("others", everybody), ("NORM", infarct | (y[:, NORM] > 0))):
-        # log(1 + e^logit) = -log(1 - p), so their sum ranks as 1 - prod(1 - p) does.
-        scores = [np.logaddexp(0, one[rows][:, NINE]).sum(1, keepdims=True) for one in logits]
-        auc, draws = mean_auc(scores, infarct[rows, None], patients[rows])
+        columns = [score[rows, None] for score in scores]
+        auc, draws = mean_auc(columns, infarct[rows, None], patients[rows])
         entry = interval_entry(draws[:, 0], infarct[rows])
         negatives = int((~infarct[rows]).sum())
         found[other] = dict(auc=float(auc[0]), negatives=negatives) | entry
@@ -743,10 +752,10 @@ def detector_content(head: TrainedHead, y_val: np.ndarray) -> dict:
     The validation fold's scores are kept: a threshold is chosen from them when somebody asks.
     """
     temperature = fit_temperature(head.val_logits, y_val)
-    p = 1 / (1 + np.exp(-head.val_logits[:, NINE].astype(np.float64) / temperature))  # (N, 9)
     infarct = y_val[:, NINE].any(1)
+    p = -np.expm1(-infarct_score(head.val_logits, temperature))  # (N,)
     validation = dict(
-        any_infarct=torch.from_numpy(1 - np.prod(1 - p, axis=1)).float(),
+        any_infarct=torch.from_numpy(p).float(),
         infarct=torch.from_numpy(infarct),
         normal=torch.from_numpy((y_val[:, NORM] > 0) & ~infarct),
     )

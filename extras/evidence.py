@@ -387,10 +387,8 @@ def beat_models(data: str, val_fold: int, test_fold: int) -> dict[str, dict]:
         x, x_val, x_test = [part[:, leads].flatten(1) for part in beats]
         config = train_probe.ProbeConfig()
         weight, bias, _ = train_probe.logistic_head(x, y, x_val, y_val, config, 0)
-        # One logit says infarct; of the nine types, the other eight say no.
-        logits = np.full(parts[2].labels.shape, -99.0)
-        logits[:, train_probe.NINE[0]] = train_probe.score(x_test, weight, bias)[:, 0]
-        any_infarct = train_probe.any_infarct([logits], parts[2].labels, parts[2].patients)
+        scores = [train_probe.score(x_test, weight, bias)[:, 0]]
+        any_infarct = train_probe.any_infarct(scores, parts[2].labels, parts[2].patients)
         models[f"logistic regression on the median beat, lead {lead}"] = any_infarct
     return models
 

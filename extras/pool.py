@@ -19,7 +19,7 @@ import numpy as np
 import selfmis
 from extras import command_parser, run_action
 from selfmis import UsageError
-from train_probe import NINE, any_infarct, as_table, mean_auc, read_predictions, summarize
+from train_probe import any_infarct, as_table, infarct_score, mean_auc, read_predictions, summarize
 
 # What may differ between the runs.  Lead, rate and preprocessing are compared as they came out.
 FREE = {*selfmis.FREE_ON_RESUME, "test_fold", "val_fold", "encoder"}
@@ -98,7 +98,7 @@ def refuse_seen_labels(run: Run) -> None:
 
 
 def within_folds(scores: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """The percentile within its fold (0 to 1) of every score (N, K).
+    """The percentile within its fold (0 to 1) of every score, (N,) or (N, K).
 
     Heads of two folds put their logits on scales of their own: ranked together, one fold's
     negatives may pass the other's positives.
@@ -111,17 +111,6 @@ def within_folds(scores: np.ndarray, folds: np.ndarray) -> np.ndarray:
     return percentile
 
 
-def any_within_folds(logits: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Logits (N, 44) by which `any_infarct` ranks as by 1 - prod(1 - p) within the fold.
-
-    They say of one type alone how probable it is; the others are impossible.
-    """
-    score = np.logaddexp(0, logits[:, NINE]).sum(1, keepdims=True)  # -log(1 - p), summed
-    alone = np.full(logits.shape, -np.inf)
-    alone[:, NINE[:1]] = within_folds(score, folds)
-    return alone
-
-
 def evaluate(runs: list[Run]) -> dict:
     """What results.json holds.  Its first head is the one that the first run prefers."""
     test = {name: np.concatenate([run.test[name] for run in runs]) for name in runs[0].test}
@@ -130,8 +119,8 @@ def evaluate(runs: list[Run]) -> dict:
     for name in runs[0].logits:
         logits = np.concatenate([run.logits[name] for run in runs], axis=1)  # (seeds, N, 44)
         auc, draws = mean_auc([within_folds(one, folds) for one in logits], y, patients)
-        alone = [any_within_folds(one, folds) for one in logits]
-        heads[name] = summarize(auc, draws, y) | dict(any=any_infarct(alone, y, patients))
+        scores = [within_folds(infarct_score(one), folds) for one in logits]
+        heads[name] = summarize(auc, draws, y) | dict(any=any_infarct(scores, y, patients))
     results = next(iter(heads.values())) | dict(heads=heads, config=runs[0].settings)
     results |= dict(records=len(y), patients=len(np.unique(patients)))
     results["folds"] = [run.test_fold for run in runs]

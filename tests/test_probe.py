@@ -508,14 +508,18 @@ def test_any_infarct_is_one_minus_the_product():
             is_other = np.isin(np.arange(60) % 6, negatives)
             pairs = p[np.arange(60) % 6 < 3, None] > p[None, is_other]
             expected[other].append(pairs.mean())
-    found = train_probe.any_infarct(list(logits), y, np.arange(60))
+    scores = [train_probe.infarct_score(run) for run in logits]
+    at_two = train_probe.infarct_score(logits[0], 2.0)
+    nobody = np.prod(1 - sigmoid(logits[0][:, NINE] / 2), 1)
+    np.testing.assert_allclose(1 - np.exp(-at_two), 1 - nobody)
+    found = train_probe.any_infarct(scores, y, np.arange(60))
     for other, n in (("others", 30), ("NORM", 20)):
         entry = found[other]
         assert entry["auc"] == pytest.approx(np.mean(expected[other]))
         assert entry["low"] < entry["auc"] < entry["high"]
         assert (entry["positives"], entry["negatives"]) == (30, n)
     healthy = y * (y[:, NINE].sum(1, keepdims=True) == 0)
-    none = train_probe.any_infarct(list(logits), healthy, np.arange(60))
+    none = train_probe.any_infarct(scores, healthy, np.arange(60))
     assert all(np.isnan(entry["auc"]) and entry["positives"] == 0 for entry in none.values())
 
 
@@ -563,7 +567,8 @@ def test_any_infarct_has_no_interval_below_ten_positives():
     for n, has_interval in ((9, False), (10, True)):
         y = labels_with({"IMI": n})
         scores = np.random.default_rng(0).normal(size=y.shape) + y
-        for entry in train_probe.any_infarct([scores], y, np.arange(400)).values():
+        score = train_probe.infarct_score(scores)
+        for entry in train_probe.any_infarct([score], y, np.arange(400)).values():
             assert entry["positives"] == n and np.isfinite(entry["auc"])
             assert np.isfinite([entry["low"], entry["high"]]).all() == has_interval
 

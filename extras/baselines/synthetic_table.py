@@ -118,11 +118,11 @@ def schedule(share: float, start: str) -> list[str]:
 
 def against_normal(out: Path, runs: list[str]) -> str:
     """AUC of any infarct against the normal records, mean over those runs that are there."""
-    logits = []
+    scores = []
     for run in finished(out, runs):
         test, heads = train_probe.read_predictions(out / run)
-        logits += list(heads["finetune"])
-    entry = train_probe.any_infarct(logits, test["labels"], test["patient"])["NORM"]
+        scores += [train_probe.infarct_score(one) for one in heads["finetune"]]
+    entry = train_probe.any_infarct(scores, test["labels"], test["patient"])["NORM"]
     return train_probe.format_cell(entry, "auc", "{:.3f}")
 
 
