@@ -115,6 +115,16 @@ def test_lead_I_cuts_all_leads_at_the_same_samples(encoder):
     assert torch.equal(encoder.cut(torch.cat([x[:, :1], x[:, 1:].flip(2)], 1))[1], places)
 
 
+def test_the_last_word_that_is_kept_ends_before_the_next_beat(encoder):
+    x = torch.zeros(1, 12, 1000)
+    x[:] = pulses(list(range(10, 1000, 42)))  # 24, of which 16 are kept
+    words, places, is_real = encoder.cut(x)
+    assert words.shape[2] == places.shape[1] == 16 and is_real.all()
+    peaks = (words[0, 0] > 0.5).any(1) & (words[0, 0].argmax(1) == 48)
+    assert peaks[1:].all()
+    assert (words[0, 0, 1:].sum(1) - words[0, 0, 1].sum()).abs().max() < 0.01  # one R in each
+
+
 @pytest.fixture
 def network():
     """It, (2, 3, 5, 96) float64, of which some are real, and which."""

@@ -15,9 +15,11 @@ convolution over neighbours stays within a lead; codes are asked for with lead a
 were learned; exactly half of the real words are masked; codes start as words, not by k-means, and
 those that are not used for 100 steps start anew; the mean of the words is probed, not CLS, which no
 loss trains; `--size small` sees the eight independent leads, and of each record the first 16 beats
-where 21 are published: of a heart above 96 a minute the end is lost; gradients are clipped at 1,
-not 3, and warm-up is 500 steps, not 5 epochs; where no R is found a record is cut every 96 samples.
-And common.py's schedule.
+where 21 are published: where more are found the end of the record is lost; a masked word is blank
+before that convolution, not after it, which has shown it to its neighbours; of the dropouts those
+of the attention and behind each half of a layer are left; gradients are clipped at 1, not 3, and
+warm-up is 500 steps, not 5 epochs; where no R is found a record is cut every 96 samples.  And
+common.py's schedule.
 """
 
 import dataclasses
@@ -183,11 +185,14 @@ class BeatTransformer(Encoder):
 
     def cut(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, leads, T) -> words (B, R, S, 96), places of R (B, S), real words (B, R, S)."""
-        places, is_beat = find_beats(x[:, lead_index("I")], self.beats)
-        places, is_beat = places.to(x.device), is_beat.to(x.device)
+        places, is_beat = find_beats(
+            x[:, lead_index("I")], self.beats + 1
+        )  # that one ends the last
         x = x[:, self.rows]
+        words = cut_words(x, places.to(x.device), is_beat.to(x.device))[:, :, : self.beats]
+        places, is_beat = (part[:, : self.beats].to(x.device) for part in (places, is_beat))
         is_there = (x != 0).any(2)  # (B, R)
-        return cut_words(x, places, is_beat), places, is_there[..., None] & is_beat[:, None]
+        return words, places, is_there[..., None] & is_beat[:, None]
 
     def tokens(self, words: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """(B, R, S, 96) -> (B, R, S, D), which know their lead and their second."""
