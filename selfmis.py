@@ -16,7 +16,7 @@ myocardial infarction from lead I.
 Order of this file: constants, encoder, its files, signals, records, pairs, loss, metrics; then,
 below the banner "Runs", what both scripts need.  All above that banner can be copied alone: it
 needs torch and numpy, and wfdb (which brings scipy and pandas) only inside the functions that read
-files, resample or filter (and extras/synthetic.py only for records of synthetic:N).
+files, resample or filter; extras/ only for records of synthetic:N and for files of other networks.
 
 Letters in shapes: B records of a batch, N records in all, L leads, T samples, C channels,
 D embedding, K classes, R resamples, W processes.
@@ -77,7 +77,7 @@ class UsageError(ValueError):
 
 
 class RecordError(UsageError):
-    """A record that cannot be used; training names it, counts it and goes on without it."""
+    """A record that cannot be used; training counts it, names it and goes on without it."""
 
 
 def import_optional(module: str, purpose: str):
@@ -94,7 +94,7 @@ def import_extra(module: str):
     try:
         return importlib.import_module(f"extras.{module}")
     except ModuleNotFoundError as error:
-        if error.name not in ("extras", f"extras.{module}"):
+        if not f"extras.{module}.".startswith(f"{error.name}."):  # what that module imports
             raise
         return None
 
@@ -287,7 +287,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for broken files; all mean the same
-        raise UsageError(f"{path}: not a readable checkpoint, or cut off in a copy") from error
+        reasons = "cut off in a copy, or with Python objects in it (then save its state_dict alone)"
+        raise UsageError(f"{path}: not a checkpoint that can be loaded: {reasons}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -430,8 +431,10 @@ def read_wfdb(record: str | os.PathLike, leads: str | Sequence[str]) -> tuple[np
         stem = stem.removesuffix(ending)
     try:
         header = Path(stem + ".hea").read_bytes()
-    except OSError as error:
+    except FileNotFoundError as error:
         raise RecordError(f"{stem}.hea: there is no such header file to read") from error
+    except OSError as error:  # such as that of a network disk
+        raise RecordError(f"{stem}.hea: cannot be read ({error.strerror})") from error
     if MICROVOLTS.search(header):
         raise RecordError(f"{stem}.hea: a unit with a micro sign, which wfdb drops; write uV")
     wfdb = import_optional("wfdb", "reading records")
@@ -1197,7 +1200,11 @@ NOT_NEGATIVE = "seed workers warmup weight_decay".split()
 
 @dataclasses.dataclass
 class Config:
-    """Settings that both scripts share.  None means: follows from the data or the checkpoint."""
+    """Settings that both scripts share.  None means: follows from the data or the checkpoint.
+
+    A script adds its own, `out`, `batch_size` and `lr` among them, and what it does without --data:
+    `demonstration()`, other defaults, and `demonstrates`, how to call it.
+    """
 
     data: list[str] = flag(
         [],
@@ -1207,7 +1214,6 @@ class Config:
         metavar="ROOT",
     )
     limit: int | None = flag(None, "use the first N records of each collection", metavar="N")
-    out: str = flag("runs", "folder of the run", metavar="DIR")
     lead: str | None = flag(None, "the single lead, or all (default: the checkpoint's, else I)")
     size: str | None = flag(None, "of a random encoder (default: ecgfounder)", choices=tuple(SIZES))
     sample_rate: float | None = flag(None, "in Hz (default: the checkpoint's, else 500)")
@@ -1220,8 +1226,6 @@ class Config:
     val_fold: int = flag(9, "fold that chooses the best epoch", choices=range(1, 11))
     test_fold: int = flag(10, "fold of the final number", choices=range(1, 11))
     epochs: int = flag(20, "passes over the training records")
-    batch_size: int = flag(128, "records in a batch of one process")
-    lr: float = flag(1e-4, "peak learning rate, cosine to 0")
     amp: str = flag(
         "auto",
         "mixed precision; auto: bf16 where GPU or CPU have it, fp16 on other GPUs, else off",
@@ -1253,10 +1257,6 @@ class Config:
             raise UsageError(f"--val-fold and --test-fold are both {self.test_fold}: give two")
         if self.resume and self.overwrite:
             raise UsageError("--resume and --overwrite: choose one")
-
-    def demonstration(self) -> dict:
-        """Other defaults for a run without --data."""
-        return {}
 
 
 def as_flag(name: str) -> str:
@@ -1316,6 +1316,7 @@ def parse_flags(config_class, description: str, argv: Sequence[str] | None = Non
 def run_script(main, config_class, description: str) -> None:
     """main(settings of the command line); a UsageError becomes one sentence and exit code 2."""
     config = parse_flags(config_class, description)
+    environment()  # the revision that runs, not the one that is on disk when it saves
     try:
         main(config)
     except UsageError as error:
@@ -1328,7 +1329,8 @@ def run_script(main, config_class, description: str) -> None:
         os._exit(2)  # at once: the end of a process group may wait for the others
     except KeyboardInterrupt:
         sys.stdout.flush()
-        print("interrupted; --resume goes on from the last save", file=sys.stderr, flush=True)
+        remedy = "--resume goes on from the last save, if there was one"
+        print(f"interrupted; {remedy}", file=sys.stderr, flush=True)
         os._exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1397,27 +1399,28 @@ def join_ranks(device: str, seed: int) -> Ranks:
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if gpus >= local_world_size else "cpu"
-        if 0 < gpus < local_world_size and rank == 0:
+        if 0 < gpus < local_world_size and local_rank == 0:
             print(f"{local_world_size} processes but {gpus} GPU(s), so all compute on the CPU")
+    if world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        # torchrun's own 1 would leave cores idle, beside a GPU too.
+        torch.set_num_threads(max(1, available_cores() // local_world_size))
     if device == "cuda":
         if gpus < local_world_size:
             raise UsageError(
                 f"--device cuda: {local_world_size} processes on this machine, but {gpus} GPUs; "
                 "start fewer or give --device cpu"
             )
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as on a CPU,
         torch.set_float32_matmul_precision("highest")  # whatever a container has set
     elif device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine or this build of torch has no Metal device")
-    elif device == "cpu" and world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        # torchrun's own 1 would leave cores idle.
-        torch.set_num_threads(max(1, available_cores() // local_world_size))
     long_wait_group = None
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if device.startswith("cuda") else "gloo"
@@ -1425,6 +1428,11 @@ def join_ranks(device: str, seed: int) -> Ranks:
         # attempt gets names of its own.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # nccl and gloo would wait for each other in silence.
+        store.set(f"device of {rank}", device.partition(":")[0])
+        kinds = {store.get(f"device of {r}").decode() for r in range(world_size)}
+        if len(kinds) > 1:
+            raise UsageError(f"--device: processes have {' and '.join(sorted(kinds))}; give one")
         timeout = timedelta(minutes=30)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
@@ -1492,6 +1500,14 @@ def open_encoder(spec: str, size: str | None, leads: int | None = None) -> ResNe
     return encoder
 
 
+def random_encoder(leads: int, size: str | None, like: ResNet1D | None = None) -> ResNet1D:
+    """An untrained one: built like another encoder, or in the size that is asked for."""
+    if like is None:
+        return ResNet1D(leads, **SIZES[size or "ecgfounder"])
+    shape = like.architecture | dict(leads=leads)
+    return type(like)(**shape)
+
+
 def gather_records(config: Config, rate_hz: float, stream: int) -> Records:
     """All collections of --data, each cut to --limit.
 
@@ -1536,7 +1552,8 @@ RUN_FILES = (  # config.json, by which a run is known, is removed last
     "log.jsonl last.pt best.pt probe.pt results.json results.md roc.png predictions.npz config.json"
 ).split()
 # Settings that may change when a run goes on: they change what is printed or how fast it is, not
-# what is computed.  --amp is compared by what it comes to, --batch-size by the global batch.
+# what is computed but for rounding.  --amp is compared by what it comes to, --batch-size by the
+# global batch.
 FREE_ON_RESUME = (
     "amp batch_size compile compare out workers cache resume overwrite debug device strict "
     "save_seconds"
@@ -1591,7 +1608,7 @@ def begin_run(out: Path, config: Config, content: dict, ranks: Ranks) -> None:
         for name in RUN_FILES:
             (out / name).unlink(missing_ok=True)
         settings = dict(config=dataclasses.asdict(config), script=type(config).__name__)
-        settings["launcher"] = launcher()
+        settings |= dict(launcher=launcher(), device=ranks.device.type)
         write_json(out / "config.json", settings | content | environment())
 
 
@@ -1642,7 +1659,7 @@ def check_settings(config: Config, before: dict, out: Path) -> None:
             raise UsageError(f"--resume: {out} was started with {was}, this is {is_now}")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """A temporary file, then a rename: a kill or a full disk leaves the older file whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -1661,7 +1678,7 @@ def save(path: Path, content: dict) -> None:
     """The one writer of checkpoints; read_checkpoint is the one reader."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getbuffer())
 
 
 def write_json(path: Path, content) -> None:
@@ -1697,7 +1714,7 @@ def encoder_content(encoder: ResNet1D, spec: InputSpec, seen: list[dict]) -> dic
     return content | spec._asdict()
 
 
-@functools.cache  # the revision that runs, not the one on disk when it saves
+@functools.cache
 def environment() -> dict:
     """Versions, git revision and hardware, beside the settings in config.json and checkpoints."""
     here = Path(__file__).resolve().parent
@@ -1743,6 +1760,9 @@ class Learner:
         self.optimizer = optimizer
         self.device = ranks.device
         self.amp = choose_amp(config.amp, self.device)
+        kinds = sorted(set(ranks.gather_objects(self.amp)))
+        if len(kinds) > 1:  # scaled gradients would be averaged with others
+            raise UsageError(f"--amp auto: the processes have {' and '.join(kinds)}; give one")
         # fp16 needs its loss scaled, lest small gradients vanish; else the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
         if config.compile:
@@ -1872,8 +1892,17 @@ class CachedArray:
             raise self.write_error(error) from error
 
 
+class ReadPair(NamedTuple):
+    """What a reading process sends.  NumPy: tensors would take an open file each on their way."""
+
+    row: int
+    single: np.ndarray | None  # S, (L, T) float16, so that cached and direct pairs are alike
+    multi: np.ndarray | None  # M, (12, T) float32
+    problem: str | None  # why the record cannot be used; S and M are None then
+
+
 class SkipUnreadable(Dataset):
-    """A SelfCuttingDataset whose items are (row, S, M, None), or (row, None, None, reason)."""
+    """A SelfCuttingDataset whose items are `ReadPair`s, of unusable records too."""
 
     def __init__(self, pairs: SelfCuttingDataset) -> None:
         self.pairs = pairs
@@ -1881,14 +1910,12 @@ class SkipUnreadable(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, row: int):
+    def __getitem__(self, row: int) -> ReadPair:
         try:
             single, multi = self.pairs[row]
         except RecordError as error:
-            return row, None, None, str(error)
-        # float16, so that cached and direct pairs have the same bits; NumPy, because a tensor
-        # would take an open file each on its way out of a reading process.
-        return row, single.half().numpy(), multi.numpy(), None
+            return ReadPair(row, None, None, str(error))
+        return ReadPair(row, single.half().numpy(), multi.numpy(), None)
 
 
 @dataclasses.dataclass
@@ -1923,15 +1950,15 @@ class Pairs:
     def read_batches(self, rows_of_batches: Sequence[np.ndarray], with_targets: bool):
         """`batches` without a cache: the records are read again, and embedded again."""
         for items in self.load(rows_of_batches):
-            reasons = [item[3] for item in items if item[3] is not None]
-            if reasons:
-                raise RecordError(f"{reasons[0]}; it could be read when the run started")
-            signals = self.on_device(np.stack([item[1] for item in items]))
+            problems = [item.problem for item in items if item.problem is not None]
+            if problems:
+                raise RecordError(f"{problems[0]}; it could be read when the run started")
+            signals = self.on_device(np.stack([item.single for item in items]))
             targets = self.on_device(self.teach(items)) if with_targets else None
             yield signals, targets
 
     def load(self, rows_of_batches: Sequence[np.ndarray]) -> DataLoader:
-        """Items of SkipUnreadable, a list of them a batch."""
+        """Lists of `ReadPair`s, one a batch."""
         dataset = SkipUnreadable(self.dataset)
         sampler = [rows.tolist() for rows in rows_of_batches]
         workers = self.workers if len(sampler) > 4 else 0  # to start them takes a second
@@ -1943,9 +1970,9 @@ class Pairs:
             generator=torch.Generator(),  # else weights would depend on what is in the cache
         )
 
-    def teach(self, items: list[tuple]) -> np.ndarray:
+    def teach(self, items: list[ReadPair]) -> np.ndarray:
         """(B, D) float16 of the frozen teacher, Eq. (2)."""
-        multi_ecg = torch.from_numpy(np.stack([item[2] for item in items]))  # (B, 12, T)
+        multi_ecg = torch.from_numpy(np.stack([item.multi for item in items]))  # (B, 12, T)
         return embed(self.teacher, multi_ecg, self.device).half().numpy()
 
     def on_device(self, values: np.ndarray) -> torch.Tensor:
@@ -1999,6 +2026,10 @@ def read_pairs(
     counted and left out, or with --strict an error; no usable record is an error.
     """
     pairs = open_pairs(config, records, rows, spec, ranks, teacher)
+    mine = [cache_key(collection) for collection in records.collections]
+    if any(others != mine for others in ranks.gather_objects(mine)):
+        remedy = "all need the same absolute path, and the same files behind it"
+        raise UsageError(f"--data: not every machine sees the same records; {remedy}")
     if pairs.signals:
         make_shared_folder(pairs.signals[0].path.parent, "--cache", ranks)
     if ranks.is_main:
@@ -2024,6 +2055,11 @@ def read_pairs(
     return pairs
 
 
+def unusable_entry(pairs: Pairs) -> dict:
+    """For config.json: how many records could not be used, and why, of the first thousand."""
+    return dict(count=len(pairs.unusable), first=pairs.unusable[:1000])
+
+
 def open_pairs(config, records, rows, spec, ranks, teacher) -> Pairs:
     """The pairs and where their cache lies; nothing is read.
 
@@ -2046,16 +2082,21 @@ def open_pairs(config, records, rows, spec, ranks, teacher) -> Pairs:
     L = len(LEADS) if spec.lead == "all" else 1
     T = round(SECONDS * rate_hz)
     teacher_digest = weights_digest(teacher) if is_multi else None
-    for kind, root, paths in records.collections:
-        N = len(paths)
-        key = [CACHE_VERSION, kind, root, hashlib.sha256(paths.tobytes()).hexdigest()]
-        key += [rate_hz, spec.preprocessing]
+    for collection in records.collections:
+        N = len(collection.paths)
+        key = [*cache_key(collection), rate_hz, spec.preprocessing]
         pairs.signals.append(CachedArray(folder, "signals", [*key, spec.lead], (N, L, T)))
         if is_multi:
             key.append(teacher_digest)
             shape = (N, teacher.embedding_dim)
             pairs.targets.append(CachedArray(folder, "targets", key, shape))
     return pairs
+
+
+def cache_key(collection: Collection) -> list:
+    """Of its whole list; of the records' contents nothing."""
+    kind, root, paths = collection
+    return [CACHE_VERSION, kind, root, hashlib.sha256(paths.tobytes()).hexdigest()]
 
 
 def cache_folder(config: Config) -> Path:
@@ -2078,13 +2119,13 @@ def read_rows(pairs: Pairs, rows: np.ndarray, config: Config, ranks: Ranks) -> d
     started = last_line = time.time()
     batches = [rows[i : i + READ_BATCH] for i in range(0, len(rows), READ_BATCH)]
     for items in pairs.load(batches):
-        problems |= {item[0]: item[3] for item in items if item[3] is not None}
+        problems |= {item.row: item.problem for item in items if item.problem is not None}
         if problems and config.strict:
             raise RecordError(f"--strict: {next(iter(problems.values()))}")
-        items = [item for item in items if item[3] is None]
+        items = [item for item in items if item.problem is None]
         if items and pairs.signals:
-            good = np.array([item[0] for item in items])
-            pairs.write_cache(pairs.signals, good, np.stack([item[1] for item in items]))
+            good = np.array([item.row for item in items])
+            pairs.write_cache(pairs.signals, good, np.stack([item.single for item in items]))
             if pairs.targets:
                 pairs.write_cache(pairs.targets, good, pairs.teach(items))
         read = min(read + READ_BATCH, len(rows))

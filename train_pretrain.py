@@ -131,6 +131,7 @@ def main(config: PretrainConfig, training_class: type[Training] = Training) -> d
         save_last(run)
     else:
         resume(run, last)
+        del last  # as large as the model and its optimizer
     while run.epoch < config.epochs:
         train_one_epoch(run)
         metrics = validate(run)
@@ -151,24 +152,16 @@ def open_encoders(config: PretrainConfig) -> tuple[ResNet1D, ResNet1D, InputSpec
     teacher = selfmis.open_encoder(config.multi, config.size, leads=12)
     if teacher is not None and teacher.lead not in (None, "all"):
         raise UsageError(f"--multi {config.multi}: was trained on lead {teacher.lead} and zeros")
-    opened = {}
-    if single is not None:
-        opened[config.single] = single
-    lead_from = opened.copy()
-    if teacher is not None:
-        opened[config.multi] = teacher
-    spec = selfmis.resolve_input(config, opened, lead_from)
+    students = {} if single is None else {config.single: single}
+    teachers = {} if teacher is None else {config.multi: teacher}
+    # The teacher's lead is all twelve: the student's counts.
+    spec = selfmis.resolve_input(config, students | teachers, lead_from=students)
     if spec.lead == "all":
         raise UsageError("--lead all: pre-training aligns one lead; name it")
-    # A random encoder is built like the other one, or in the size that is asked for.
-    network, shape = ResNet1D, selfmis.SIZES[config.size or "ecgfounder"]
-    if opened:
-        other = next(iter(opened.values()))
-        network, shape = type(other), other.architecture
     if single is None:
-        single = network(**{**shape, "leads": 1})
+        single = selfmis.random_encoder(1, config.size, like=teacher)
     if teacher is None:
-        teacher = network(**{**shape, "leads": 12})
+        teacher = selfmis.random_encoder(12, config.size, like=single)
     if single.embedding_dim != teacher.embedding_dim:
         raise UsageError(
             f"--single embeds in {single.embedding_dim} dimensions, --multi in "
@@ -265,10 +258,11 @@ def describe(run: Training) -> dict:
     parameters = sum(p.numel() for p in run.model.parameters())
     processing = f"{spec.preprocessing['normalize']} (filter {spec.preprocessing['filter']})"
     run.ranks.print(
-        f"training {parameters:,} parameters on lead {spec.lead}, {spec.sample_rate_hz:g} Hz, "
-        f"{processing}, with {run.ranks.world_size} process(es) on {run.ranks.device.type}, "
-        f"amp {run.learner.amp}\n{len(run.train_rows):,} records, {steps:,} steps an epoch, "
-        f"{compared} records in the loss of a step; {len(run.val_rows):,} validate\n"
+        f"training {parameters:,} parameters (f_s: {config.single}, f_m: {config.multi}) on lead "
+        f"{spec.lead}, {spec.sample_rate_hz:g} Hz, {processing}, with {run.ranks.world_size} "
+        f"process(es) on {run.ranks.device.type}, amp {run.learner.amp}\n"
+        f"{len(run.train_rows):,} records, {steps:,} steps an epoch, {compared} records in the "
+        f"loss of a step; {len(run.val_rows):,} validate\n"
         f"teacher: mean pairwise cosine {mean_cosine:.2f}"
     )
     if config.loss == "paper" and mean_cosine > 0.9:
@@ -281,7 +275,7 @@ def describe(run: Training) -> dict:
         validation_records=len(run.val_rows),
         steps=steps,
         mean_cosine=mean_cosine,
-        unusable=dict(count=len(run.pairs.unusable), first=run.pairs.unusable[:3]),
+        unusable=selfmis.unusable_entry(run.pairs),
         world_size=run.ranks.world_size,
         amp=run.learner.amp,
     )

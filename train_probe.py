@@ -146,8 +146,8 @@ def main(config: ProbeConfig) -> dict:
     results = evaluate(heads, records[split["test"]])
     results |= dict(config=vars(config), warnings=warnings)
     results["minutes"] = (time.time() - started) / 60
-    save_detector(config, out, content, heads[0], records, split, results)
-    write_results(config, out, heads, records, split, results)
+    results["reliability"] = save_detector(config, out, content, heads[0], records, split, warnings)
+    write_results(config, out, heads, records, split, results, spec)
     compare(out, config.compare)
     return results
 
@@ -169,7 +169,7 @@ def open_input(config: ProbeConfig, ranks: Ranks) -> tuple[ResNet1D, InputSpec]:
     spec = selfmis.resolve_input(config, encoders, lead_from)
     if encoder is None:
         leads = len(LEADS) if spec.lead == "all" else 1
-        encoder = ResNet1D(leads, **selfmis.SIZES[config.size or "ecgfounder"])
+        encoder = selfmis.random_encoder(leads, config.size)
     if encoder.leads == 1 and spec.lead == "all":
         raise UsageError(f"--lead all: {config.encoder} reads one lead")
     if encoder.leads > 1 and spec.lead != "all":
@@ -272,8 +272,7 @@ def describe(config, records, split, extractor, warnings) -> dict:
     )
     for warning in warnings:
         extractor.ranks.print(f"warning: {warning}")
-    unusable = dict(count=len(pairs.unusable), first=pairs.unusable[:3])
-    counts |= dict(unusable=unusable)
+    counts |= dict(unusable=selfmis.unusable_entry(pairs))
     world_size = extractor.ranks.world_size
     return dict(input=spec._asdict(), records=counts, warnings=warnings, world_size=world_size)
 
@@ -316,8 +315,8 @@ def probe_frozen(
     features = {"": {name: extractor.features(rows) for name, rows in split.items()}}
     if config.baseline:
         torch.manual_seed(config.seed)
-        fresh = type(encoder)(**encoder.architecture).eval()  # other networks have dropout
-        extractor.encoder = fresh.to(extractor.ranks.device)
+        fresh = selfmis.random_encoder(encoder.leads, None, like=encoder)
+        extractor.encoder = fresh.eval().to(extractor.ranks.device)  # some have dropout
         random = {name: extractor.features(rows) for name, rows in split.items()}
         features[BASELINE] = random
     heads = []
@@ -570,8 +569,10 @@ def train_one_epoch(run: Finetuning) -> dict:
 def validate(run: Finetuning) -> float:
     """AUC over all 44 statements on the validation fold, the same on every process."""
     rows = run.split["val"]
-    features = run.extractor.features(rows).to(run.extractor.ranks.device)
-    return selfmis.macro_auc(run.extractor.labels[rows], run.model.head(features))[0]
+    ranks = run.extractor.ranks
+    features = run.extractor.features(rows).to(ranks.device)
+    auc, _ = selfmis.macro_auc(run.extractor.labels[rows], run.model.head(features))
+    return ranks.gather_objects(auc)[0]  # other cards may round otherwise
 
 
 def finish_epoch(run: Finetuning, entry: dict, auc: float) -> None:
@@ -778,25 +779,26 @@ def reliability(logits: np.ndarray, y: np.ndarray, temperature: float) -> dict[s
     return dict(temperature=temperature, ece=float(np.sum(errors)), brier=brier)
 
 
-def save_detector(config, out, content, head, records, split, results) -> None:
-    """probe.pt: encoder, head, calibration and what is known of them."""
+def save_detector(config, out, content, head, records, split, warnings) -> dict:
+    """probe.pt: encoder, head, calibration and what is known of them; returns its reliability."""
     train = split["train"]
     if not config.finetune:
         train = share_of(train, head.fraction, head.seed)
     seen = selfmis.training_data(records[train], records[split["val"]], labels=True)
     detector = detector_content(head, records.labels[split["val"]])
-    test_labels = records.labels[split["test"]]
-    results["reliability"] = reliability(head.test_logits, test_labels, detector["temperature"])
+    temperature = detector["temperature"]
+    calibration = reliability(head.test_logits, records.labels[split["test"]], temperature)
     # Of this head alone: the table shows means over seeds.
     own = evaluate([head], records[split["test"]])
     kept = {name: own[name] for name in (*GROUPS, "types", "any")}
-    content |= detector | dict(kind="probe", config=results["config"], head_training_data=seen)
-    content |= dict(results=selfmis.nan_to_none(kept), reliability=results["reliability"])
-    content |= dict(warnings=results["warnings"])
-    selfmis.save(out / "probe.pt", content | selfmis.environment())
+    content = content | detector | selfmis.environment()
+    content |= dict(kind="probe", config=vars(config), head_training_data=seen, warnings=warnings)
+    content |= dict(results=selfmis.nan_to_none(kept), reliability=calibration)
+    selfmis.save(out / "probe.pt", content)
+    return calibration
 
 
-def write_results(config, out, heads, records, split, results) -> None:
+def write_results(config, out, heads, records, split, results, spec) -> None:
     """predictions.npz, roc.png, results.md, and last results.json: it marks a finished run."""
     test = records[split["test"]]
     save_predictions(out / "predictions.npz", heads, records, split)
@@ -806,19 +808,24 @@ def write_results(config, out, heads, records, split, results) -> None:
         table += f"\n\nby share of the training labels, {config.seeds} seed(s)\n"
         table += as_fractions(results)
     patients = len(np.unique(test.patient_keys()))
+    share = max(config.fractions)
+    labels = "" if share == 1 else f", with {share:g} of the labels"
     title = (
-        f"AUC on fold {config.test_fold}, {len(test):,} records of {patients:,} patients; in "
-        f"brackets the 95 % bootstrap interval by patient, where there are {MINIMUM_POSITIVES} "
-        "positives (fewer would make it falsely narrow)"
+        f"{config.encoder} on lead {spec.lead}{labels}: AUC on fold {config.test_fold}, "
+        f"{len(test):,} records of {patients:,} patients; in brackets the 95 % bootstrap interval "
+        f"by patient, where there are {MINIMUM_POSITIVES} positives (fewer would make it falsely "
+        "narrow)"
     )
-    text = f"{config.encoder}, {title}\n\n{table}\n"
+    text = f"{title}\n\n{table}\n"
     for warning in results["warnings"]:
         text += f"\nwarning: {warning}\n"
     selfmis.write_atomically(out / "results.md", text.encode())
     selfmis.write_json(out / "results.json", results)
     print(f"\n{title}\n{table}")
-    if len(results["heads"]) > 1:
-        print(f"probe.pt holds the {heads[0].name} head, the better one on the validation fold")
+    contenders = [head for head in at_full_labels(heads) if not head.name.endswith(BASELINE)]
+    if len(contenders) > 1:
+        chosen = f"{heads[0].name} head of seed {heads[0].seed}"
+        print(f"probe.pt holds the {chosen}, the best one on the validation fold")
     print(f"{results['minutes']:.1f} min; written to {out}", flush=True)
 
 

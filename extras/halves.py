@@ -25,6 +25,8 @@ class HalvesConfig(PretrainConfig):
 class HalvesTraining(Training):
     """train_pretrain.py's run on halves; validation is on whole records, and chooses best.pt."""
 
+    kind = "pretrain on halves"
+
     def step_loss(self, rows, signals, targets):
         draw = generator(self.config.seed, self.epoch, self.step, self.ranks.rank)
         return super().step_loss(rows, random_half(signals, draw), targets)

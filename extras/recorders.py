@@ -43,6 +43,8 @@ class RecorderTraining(Training):
     Validation does not: its loss is that of the records as they are, and chooses best.pt.
     """
 
+    kind = "pretrain through simple recorders"
+
     def __post_init__(self) -> None:
         expected = dict(normalize="zscore", filter="none")
         if self.spec.lead != "I" or self.spec.preprocessing != expected:

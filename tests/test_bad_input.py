@@ -33,6 +33,9 @@ def record(tmp_path):
 
 
 def test_missing_header(tmp_path):
+    (tmp_path / "loop.hea").symlink_to("loop.hea")  # stands for all that a disk can say
+    with pytest.raises(RecordError, match="loop.hea: cannot be read .Too many levels"):
+        read_ecg(tmp_path / "loop")
     with pytest.raises(RecordError, match="nobody.hea: there is no such header file"):
         read_ecg(tmp_path / "nobody")
 
@@ -81,8 +84,8 @@ def test_unit_that_is_no_voltage(record):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("hello", "not a readable checkpoint"),
-        (None, "not a readable checkpoint"),
+        ("hello", "not a checkpoint that can be loaded"),
+        (None, "not a checkpoint that can be loaded"),
         ({"x": 1}, "no encoder of selfmis"),
         ({"state_dict": {}}, "ECGFounder file"),
         ({"state_dict": torch.zeros(3)}, "its state_dict is a Tensor, not weights by name"),
@@ -122,7 +125,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
             return os.mkdir, (str(tmp_path / "pwned"),)
 
     torch.save({"encoder": Evil()}, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match="not a readable checkpoint"):
+    with pytest.raises(UsageError, match="not a checkpoint that can be loaded"):
         load_encoder(tmp_path / "x.pt")
     assert not (tmp_path / "pwned").exists()
 

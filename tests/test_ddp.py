@@ -1,6 +1,8 @@
 """Several processes are the same mathematics as one: real scripts under torchrun, gloo, the CPU."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from conftest import TINY, run, run_forked
 import selfmis
 import train_pretrain
 import train_probe
+from selfmis import UsageError
 from train_probe import ProbeConfig
 
 
@@ -101,6 +104,34 @@ def gather(_):
         rows = torch.arange(2.0 * n).view(n, 2)
         assert torch.equal(ranks.gather_rows(rows[ranks.rank :: 3], n), rows)
     assert ranks.gather_objects(ranks.rank) == [0, 1, 2]
+
+
+def test_processes_that_differ_are_refused_and_do_not_wait(ptbxl, mimic):
+    """One with GPUs and one without; other precisions; other records under one name."""
+    assert run_forked(2, differ_in_device, None) == [0, 0]
+    assert run_forked(2, differ_in_more, [str(ptbxl), str(mimic)]) == [0, 0]
+
+
+def differ_in_device(_):
+    if os.environ["RANK"] == "1":
+        torch.cuda.device_count = lambda: 2
+        torch.cuda.set_device = lambda device: None
+    with pytest.raises(UsageError) as error:
+        selfmis.join_ranks("auto", 0)
+    assert str(error.value) == "--device: processes have cpu and cuda; give one"
+    if os.environ["RANK"] == "0":
+        time.sleep(3)  # its traceback holds the store, which under torchrun outlives it
+
+
+def differ_in_more(folders):
+    ranks = selfmis.join_ranks("cpu", 0)
+    config = ProbeConfig(amp=["bf16", "off"][ranks.rank], data=[folders[ranks.rank]])
+    with pytest.raises(UsageError, match="the processes have bf16 and off; give one"):
+        selfmis.Learner(torch.nn.Linear(1, 1), None, config, ranks)
+    records = selfmis.gather_records(config, 100, 0)
+    spec = selfmis.InputSpec("I", 100, {})
+    with pytest.raises(UsageError, match="--data: not every machine sees the same records"):
+        selfmis.read_pairs(config, records, np.arange(len(records)), spec, ranks)
 
 
 def test_tiny_is_tiny():

@@ -397,7 +397,7 @@ class Intruder:
 def test_code_in_a_file_is_not_run(tmp_path):
     victim = tmp_path / "victim"
     torch.save({"state_dict": hollow(), "val_auroc": Intruder(victim)}, tmp_path / "evil.pth")
-    with pytest.raises(UsageError, match="evil.pth: not a readable checkpoint") as error:
+    with pytest.raises(UsageError, match="evil.pth: not a checkpoint that can be loaded") as error:
         load_ecgfounder(tmp_path / "evil.pth", 1)
     assert not victim.exists()
     assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
@@ -445,7 +445,7 @@ def test_foreign_files_get_a_sentence(tmp_path, content, named):
 @pytest.mark.parametrize("text", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
 def test_files_that_are_no_checkpoints_get_a_sentence(tmp_path, text):
     (tmp_path / "odd.pth").write_bytes(text)
-    with pytest.raises(UsageError, match="odd.pth: not a readable checkpoint") as error:
+    with pytest.raises(UsageError, match="odd.pth: not a checkpoint that can be loaded") as error:
         load_encoder(tmp_path / "odd.pth")
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="nowhere.pth: there is no such file"):

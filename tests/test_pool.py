@@ -295,7 +295,7 @@ def test_unfinished_runs_are_refused(copies, missing, damage):
         path.write_bytes(foreign.get(missing, b"other"))
     said = {
         "results.json": "run2: no finished run of train_probe.py",
-        "probe.pt": "run2/probe.pt: (there is no such file|not a readable checkpoint)",
+        "probe.pt": "run2/probe.pt: (there is no such file|not a checkpoint that can be loaded)",
         "predictions.npz": "run2: no readable predictions.npz",
     }
     refused(copies, said[missing])

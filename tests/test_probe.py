@@ -474,16 +474,19 @@ def test_fractions_are_shares_of_the_training_labels_alone(tmp_path, make, capsy
     for head in ("adam", "logistic"):
         assert f"{head}, 100 % | {head}, 50 % | {head}, 25 % |" in re.sub(" +", " ", text)
     assert "nan" not in text and re.search(r"\| IMI +\| 1 +\| 0\.\d{3} (± 0\.\d{3})? +\|", text)
-    alone = main(make("b", fractions=[0.5, 0.5], seed=1, head="logistic"))
-    assert len(alone["runs"]) == 1
+    assert re.search("probe.pt holds the \\w+ head of seed [01], the best", capsys.readouterr().out)
+    alone = main(make("b", fractions=[0.5, 0.5], seed=1, head="logistic", baseline=True))
+    assert "probe.pt holds" not in capsys.readouterr().out  # the baseline is no choice
+    assert len(alone["runs"]) == 2
     of = {(run["head"], run["fraction"], run["seed"]): run for run in all_at_once["runs"]}
     assert str(alone["runs"][0]) == str(of["logistic", 0.5, 1])
     assert of["logistic", 0.5, 1]["six"] != of["logistic", 1.0, 0]["six"]
     first, *_ = all_at_once["heads"]
     full = [of[key]["six"] for key in of if key[:2] == (first, 1.0)]
     assert all_at_once["six"]["mean"] == pytest.approx(np.mean(full))
-    capsys.readouterr()
+    assert "on lead I: AUC on fold 10" in text
     main(make("tuned", fractions=[0.25], finetune=True, batch_size=8))
+    assert "on lead I, with 0.25 of the labels: AUC" in (tmp_path / "tuned/results.md").read_text()
     assert "usable: 16 train, 8 val, 8 test" in capsys.readouterr().out
     assert read_json(tmp_path / "tuned/config.json")["records"]["train"] == 16
     assert read_pt(tmp_path / "tuned/probe.pt")["head_training_data"][0]["records"] == 16

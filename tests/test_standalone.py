@@ -5,9 +5,12 @@ import json
 import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from conftest import HERE
+
+import selfmis
 
 SOURCE = (HERE / "selfmis.py").read_text()
 BANNER = "# Runs: what both scripts need"
@@ -174,3 +177,15 @@ def test_without_extras_synthetic_ecg_is_one_sentence(without_extras):
     sentence = "error: synthetic ECG needs extras/synthetic.py, which is not here"
     assert done.returncode == 2 and done.stderr == f"{sentence}; give --data a folder\n"
     assert not (folder / "synthetic").exists()
+
+
+def test_a_missing_part_of_extras_is_none_and_a_missing_package_an_error(monkeypatch):
+    for missing in ("extras", "extras.baselines", "extras.baselines.networks"):
+        error = ModuleNotFoundError(missing, name=missing)
+        monkeypatch.setattr(selfmis.importlib, "import_module", Mock(side_effect=error))
+        assert selfmis.import_extra("baselines.networks") is None
+    for other in ("scipy", "extras.base", None):
+        error = ModuleNotFoundError(other, name=other)
+        monkeypatch.setattr(selfmis.importlib, "import_module", Mock(side_effect=error))
+        with pytest.raises(ModuleNotFoundError):
+            selfmis.import_extra("baselines.networks")

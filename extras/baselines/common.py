@@ -348,7 +348,7 @@ def describe(run: BaselineTraining) -> dict:
         input=run.spec._asdict(),
         training_records=len(run.train_rows),
         steps=run.steps,
-        unusable=dict(count=len(run.pairs.unusable), first=run.pairs.unusable[:3]),
+        unusable=selfmis.unusable_entry(run.pairs),
         world_size=ranks.world_size,
         amp=run.learner.amp,
     )
