@@ -27,7 +27,7 @@ import torch
 import selfmis
 import train_probe
 from extras import command_parser, run_action
-from selfmis import LEADS, import_optional
+from selfmis import LEADS, UsageError, import_optional
 
 HERE = Path(__file__).resolve().parent
 
@@ -127,6 +127,19 @@ def all_runs(plan: tuple, shared: list[str], out: Path) -> dict[str, list[str]]:
     return runs
 
 
+def add_run_flags(parser: argparse.ArgumentParser, out: Path, data: str = "PTBXL") -> None:
+    """The flags that say on which records and where a table's runs are."""
+    add = parser.add_argument
+    add("data", metavar=data, help="a folder")
+    add("--out", type=Path, default=out, help=f"of the runs (default: {out})")
+    add("--val-fold", type=int, default=9, help="default: 9")
+    add("--test-fold", type=int, default=10, help="default: 10")
+
+
+def add_tables_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tables", action="store_true", help="run nothing, print what is there")
+
+
 def shared_flags(flags: argparse.Namespace) -> list[str]:
     """What all runs of a table have in common, as somebody would type it."""
     folds = f"--val-fold {flags.val_fold} --test-fold {flags.test_fold}"
@@ -219,10 +232,16 @@ class Scores(NamedTuple):
     auc: np.ndarray  # (K,)
     draws: np.ndarray  # (R, K) bootstrap by patient
     labels: np.ndarray  # (N, K)
+    patients: np.ndarray  # (N,)
     sixes: list[float]  # the six-mean of each seed
 
     def minus(self, other: "Scores") -> "Scores":
-        return Scores(self.auc - other.auc, self.draws - other.draws, self.labels, [])
+        """The paired difference.  UsageError: the two were tested on other records."""
+        for mine, theirs in ((self.labels, other.labels), (self.patients, other.patients)):
+            if not np.array_equal(mine, theirs):
+                raise UsageError("--out: its runs were tested on different records; run them again")
+        auc, draws = self.auc - other.auc, self.draws - other.draws
+        return self._replace(auc=auc, draws=draws, sixes=[])
 
     def cell(self, group: str, form: str = "{:.3f}") -> str:
         """The mean of a group with its interval, paired by patient if this is a difference."""
@@ -251,7 +270,7 @@ def scores(out: Path, runs: tuple[str, ...], head: str, fold: str = "") -> Score
     if not aucs:
         return None
     sixes = [train_probe.group_means(auc)["six"] for auc in aucs]
-    return Scores(np.mean(aucs, 0), np.mean(draws, 0), labels, sixes)
+    return Scores(np.mean(aucs, 0), np.mean(draws, 0), labels, patients, sixes)
 
 
 def print_table(title: str, lines: list[list]) -> None:
@@ -485,11 +504,8 @@ def run_evidence(flags: argparse.Namespace) -> None:
 
 def main(argv=None) -> None:
     parser = command_parser("extras.evidence", __doc__)
-    parser.add_argument("data", metavar="PTBXL|picture", help="a folder, or the word picture")
-    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="of the runs")
-    parser.add_argument("--val-fold", type=int, default=9, help="default: 9")
-    parser.add_argument("--test-fold", type=int, default=10, help="default: 10")
-    parser.add_argument("--tables", action="store_true", help="run nothing, print what is there")
+    add_run_flags(parser, Path("runs/evidence"), "PTBXL|picture")
+    add_tables_flag(parser)
     run_action(run_evidence, parser.parse_args(argv))
 
 

@@ -11,7 +11,7 @@ import dataclasses
 
 import selfmis
 import train_pretrain
-from extras.baselines.common import generator
+from extras.baselines.common import random_stream
 from extras.baselines.crops import random_half
 from selfmis import flag
 from train_pretrain import PretrainConfig, Training
@@ -28,7 +28,7 @@ class HalvesTraining(Training):
     kind = "pretrain on halves"
 
     def step_loss(self, rows, signals, targets):
-        draw = generator(self.config.seed, self.epoch, self.step, self.ranks.rank)
+        draw = random_stream(self.config.seed, self.epoch, self.step, self.ranks.rank)
         return super().step_loss(rows, random_half(signals, draw), targets)
 
 

@@ -18,7 +18,7 @@ import torch
 
 import selfmis
 import train_pretrain
-from extras.baselines.common import generator, zscore
+from extras.baselines.common import random_stream, zscore
 from selfmis import UsageError, flag
 from train_pretrain import PretrainConfig, Training
 
@@ -55,7 +55,7 @@ class RecorderTraining(Training):
             )
 
     def step_loss(self, rows, signals, targets) -> torch.Tensor:
-        draw = generator(self.config.seed, self.epoch, self.step, self.ranks.rank)
+        draw = random_stream(self.config.seed, self.epoch, self.step, self.ranks.rank)
         passed = record_simply(signals, self.spec.sample_rate_hz, draw)
         return super().step_loss(rows, zscore(passed), targets)
 

@@ -63,12 +63,8 @@ def ship(flags: argparse.Namespace) -> None:
 
 def main(argv=None) -> None:
     parser = command_parser("extras.ship", __doc__)
-    add = parser.add_argument
-    add("data", metavar="PTBXL", help="a folder")
-    add("--handheld", type=Path, required=True, metavar="FOLDER")
-    add("--out", type=Path, default=Path("runs/table1"), help="of the runs (default: runs/table1)")
-    add("--val-fold", type=int, default=9, help="default: 9")
-    add("--test-fold", type=int, default=10, help="default: 10")
+    evidence.add_run_flags(parser, Path("runs/table1"))
+    parser.add_argument("--handheld", type=Path, required=True, metavar="FOLDER")
     run_action(ship, parser.parse_args(argv))
 
 

@@ -29,7 +29,7 @@ def ecg():
 
 
 def draws(seed=0):
-    return common.generator(seed)
+    return common.random_stream(seed)
 
 
 def limbs_agree(ecg):
@@ -126,7 +126,7 @@ def epochs(out):
 
 def test_the_halves_shown_by_self_cut():
     whole, cut = torch.ones(2000, 12, 3), torch.zeros(2000, 12, 3)
-    chosen = clocs.choose(whole, cut, common.generator(0))
+    chosen = clocs.choose(whole, cut, common.random_stream(0))
     assert ((chosen == 0).all((1, 2)) | (chosen == 1).all((1, 2))).all()
     assert 0.45 < float(chosen.mean()) < 0.55
     with pytest.raises(UsageError, match="needs --leads 12"):
@@ -238,7 +238,10 @@ def test_a_collapse_stops_before_anything_is_saved_and_again_on_resume(tmp_path,
 
 
 def test_the_budget_follows_from_the_size_and_flags_go_before_it():
-    for size, budget in (("small", (100, 8, 128, 5e-4, 50)), (None, (500, 200, 64, 5e-5, 0))):
+    for size, budget in (
+        ("small", (100, 8, 128, 5e-4, 50)),
+        ("published", (500, 200, 64, 5e-5, 0)),
+    ):
         config = common.with_budget(clocs.ClocsConfig(size=size), clocs.CLOCS)
         schedule = (config.epochs, config.batch_size, config.lr, config.warmup)
         assert (config.sample_rate, *schedule) == budget

@@ -131,7 +131,7 @@ def test_one_lead_is_known_and_bit_equal():
     ecg = normal(4000, 12, 3)
     known = mcma.keep_one(ecg, None)
     assert torch.equal(known[:, 0], ecg[:, 0]) and not known[:, 1:].any()
-    known = mcma.keep_one(ecg, common.generator(0))
+    known = mcma.keep_one(ecg, common.random_stream(0))
     is_kept = (known == ecg).all(2)
     assert (is_kept.sum(1) == 1).all() and not known[~is_kept].any()
     assert (is_kept.double().mean(0) - 1 / 12).abs().max() < 0.02
@@ -163,7 +163,7 @@ def test_each_side_learns_from_its_own_loss(name, monkeypatch):
         for loss, value in losses.items():
             monkeypatch.setattr(module, loss, value)
         method.zero_grad()
-        method(x, None, common.generator(0))[0].backward()
+        method(x, None, common.random_stream(0))[0].backward()
         return {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
 
     full = gradients()
@@ -186,8 +186,8 @@ def test_pix2pix_by_hand():
     method.encoder.scale.fill_(0.25)
     ecg = 0.2 * normal(2, 12, 1000)
     with torch.no_grad():
-        loss, _ = method(ecg, None, common.generator(0))
-        piece = common.random_segment(ecg, common.generator(0), 512) / 0.25
+        loss, _ = method(ecg, None, common.random_stream(0))
+        piece = common.random_segment(ecg, common.random_stream(0), 512) / 0.25
         given, true = gan.repeat_lead(piece[:, :1]), as_image(piece)
         made = method.encoder.unet(given)[0]
         p = torch.sigmoid(method.judge(torch.cat([given, made], 1)).double())
@@ -204,16 +204,16 @@ def test_circles_of_networks_that_change_nothing_are_closed(monkeypatch):
 
     method = cyclegan.CycleGAN(cyclegan.CycleGANConfig(size="small"))
     method.encoder.unet = method.back = Same()
-    _, numbers = method(0.2 * normal(2, 12, 1000), None, common.generator(0))
+    _, numbers = method(0.2 * normal(2, 12, 1000), None, common.random_stream(0))
     assert float(numbers["circles"]) == 0
     assert float(numbers["error"]) > 0.5  # lead I is not the twelve leads
 
 
 def test_the_scale_is_that_of_the_first_batch():
     method = mcma.MCMA(mcma.MCMAConfig(size="small"))
-    method.pieces(3 * torch.ones(2, 12, 1000), common.generator(0))
+    method.pieces(3 * torch.ones(2, 12, 1000), common.random_stream(0))
     assert torch.equal(
-        method.pieces(torch.ones(2, 12, 1000), common.generator(0))[0, 0, :2] * 3, torch.ones(2)
+        method.pieces(torch.ones(2, 12, 1000), common.random_stream(0))[0, 0, :2] * 3, torch.ones(2)
     )
     assert float(method.encoder.scale) == 3
 

@@ -13,7 +13,7 @@ from conftest import made_up
 import selfmis
 import train_pretrain
 from extras.baselines import heartlang
-from extras.baselines.common import INDEPENDENT, generator, zscore
+from extras.baselines.common import INDEPENDENT, random_stream, zscore
 from extras.baselines.heartlang import IDLE_STEPS, BeatTransformer, HeartLang, HeartLangConfig
 from extras.baselines.heartlang import Vocabulary, WordTransformer, cut_words, find_beats, mask_half
 from selfmis import UsageError
@@ -56,7 +56,7 @@ def encoder():
 
 
 @pytest.mark.parametrize(
-    "size, words, own", [(None, 23_567_072, 44_562_176), ("small", 532_864, 3_011_584)]
+    "size, words, own", [("published", 23_567_072, 44_562_176), ("small", 532_864, 3_011_584)]
 )
 def test_parameters(size, words, own):
     config = HeartLangConfig(size=size)
@@ -86,7 +86,7 @@ def test_words_reach_to_the_mid_points_and_are_96_samples_at_most():
     beats = [[60, 91, 300, 360, 497], [3, 250], [], [200], [0, 499]]
     places = torch.tensor([row + [0] * (5 - len(row)) for row in beats])
     is_real = torch.arange(5) < torch.tensor([len(row) for row in beats])[:, None]
-    x = 1 + torch.rand(5, 3, 500, generator=generator(0))
+    x = 1 + torch.rand(5, 3, 500, generator=random_stream(0))
     expected = torch.zeros(5, 3, 5, 96)
     for b, row in enumerate(beats):
         for s, R in enumerate(row):
@@ -189,7 +189,7 @@ def test_lead_I_with_empty_leads_is_its_words_alone(ecg, encoder):
 
 
 def unit_vectors(*shape):
-    return F.normalize(torch.randn(*shape, 32, generator=generator(1)), dim=-1)
+    return F.normalize(torch.randn(*shape, 32, generator=random_stream(1)), dim=-1)
 
 
 def nearest(z, codes):
@@ -221,7 +221,7 @@ def test_codes_go_a_hundredth_of_the_way_to_their_words(vocabulary):
 def test_codes_that_are_idle_for_long_become_words(vocabulary):
     z, before = unit_vectors(9), vocabulary.codes.clone()
     vocabulary.idle[5:9] = torch.tensor([IDLE_STEPS - 1, IDLE_STEPS, IDLE_STEPS, IDLE_STEPS + 1])
-    vocabulary.start_idle_codes(z, generator(0))
+    vocabulary.start_idle_codes(z, random_stream(0))
     assert (vocabulary.codes != before).any(1).nonzero().flatten().tolist() == [6, 7, 8]
     assert all((z == code).all(1).any() for code in vocabulary.codes[6:9])
     assert vocabulary.idle[5:9].tolist() == [IDLE_STEPS - 1, 0, 0, 0]
@@ -242,7 +242,7 @@ def test_the_gradient_of_a_drawn_word_passes_its_code(ecg, vocabulary, monkeypat
     monkeypatch.setattr(vocabulary.decoder, "look", look)
     vocabulary.idle[:3] = IDLE_STEPS
     before = [value.clone() for value in vocabulary.buffers()]
-    loss, numbers = vocabulary(ecg, None, generator(0))
+    loss, numbers = vocabulary(ecg, None, random_stream(0))
     loss.backward()
     codes = vocabulary.codes[nearest(z[is_real], vocabulary.codes)]
     assert_close(seen[0][is_real], codes)
@@ -271,7 +271,7 @@ def test_in_training_codes_start_as_real_words_and_move(ecg, vocabulary, monkeyp
         real(*arguments)
 
     monkeypatch.setattr(vocabulary, "move_codes", move)
-    vocabulary(ecg, None, generator(0))
+    vocabulary(ecg, None, random_stream(0))
     found, taken, codes = seen
     assert_close(found, z)
     assert all((found == code).all(1).any() for code in codes)
@@ -281,11 +281,11 @@ def test_in_training_codes_start_as_real_words_and_move(ecg, vocabulary, monkeyp
 
 
 def test_half_of_the_real_words_are_masked():
-    is_real = torch.rand(40, 3, 7, generator=generator(0)) < 0.6
+    is_real = torch.rand(40, 3, 7, generator=random_stream(0)) < 0.6
     is_real[0] = False
-    masks = torch.stack([mask_half(is_real, generator(seed)) for seed in range(400)])
+    masks = torch.stack([mask_half(is_real, random_stream(seed)) for seed in range(400)])
     assert not (masks & ~is_real).any() and not torch.equal(masks[0], masks[1])
-    assert torch.equal(mask_half(is_real, generator(0)), masks[0])
+    assert torch.equal(mask_half(is_real, random_stream(0)), masks[0])
     assert (masks.sum((2, 3)) == is_real.sum((1, 2)) // 2).all()
     assert (masks[:, is_real].double().mean(0) > 0.3).all()  # any of them
 
@@ -297,9 +297,9 @@ def test_the_loss_is_the_cross_entropy_of_masked_words(ecg, reader):
         lambda _, call: seen.append(call[1])
     )
     reader.encoder.transformer.norm.register_forward_hook(lambda *call: seen.append(call[-1]))
-    loss, numbers = reader(ecg, None, generator(5))
+    loss, numbers = reader(ecg, None, random_stream(5))
     assert torch.equal(seen[0][:, 1:], is_real.flatten(1))
-    is_masked = mask_half(is_real, generator(5))
+    is_masked = mask_half(is_real, random_stream(5))
     read = seen[1][:, 1:].view(*is_real.shape, -1)[is_masked]  # without CLS
     log_p = reader.predict(read).double().log_softmax(1).tolist()
     z = reader.vocabulary.latents(words, places, is_real)[is_masked]
@@ -313,7 +313,7 @@ def test_the_loss_is_the_cross_entropy_of_masked_words(ecg, reader):
 
 def test_the_vocabulary_does_not_learn_from_masked_words(ecg, reader):
     before = [value.clone() for value in reader.vocabulary.state_dict().values()]
-    reader.train()(ecg, None, generator(0))[0].backward()
+    reader.train()(ecg, None, random_stream(0))[0].backward()
     assert all(p.grad is None for p in reader.vocabulary.parameters())
     assert all(map(torch.equal, reader.vocabulary.state_dict().values(), before))
     assert all(p.grad.abs().max() > 0 for p in reader.parameters() if p.requires_grad)
@@ -324,13 +324,13 @@ def test_a_masked_word_is_not_given_away(ecg, reader, monkeypatch):
     words, places, is_real = reader.encoder.cut(zscore(ecg))
     targets = torch.arange(is_real.numel()).view(is_real.shape) % 512
     monkeypatch.setattr(reader.vocabulary, "nearest", lambda z: targets)
-    is_masked = mask_half(is_real, generator(5))
-    noise = torch.randn(words.shape, generator=generator(0))
+    is_masked = mask_half(is_real, random_stream(5))
+    noise = torch.randn(words.shape, generator=random_stream(0))
 
     def loss(noisy):
         changed = words + noise * noisy[..., None]
         monkeypatch.setattr(reader.encoder, "cut", lambda x: (changed, places, is_real))
-        return reader(ecg, None, generator(5))[0]
+        return reader(ecg, None, random_stream(5))[0]
 
     unchanged = loss(torch.zeros_like(is_real))
     assert torch.equal(loss(is_masked), unchanged)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from extras.baselines import crops
-from extras.baselines.common import INDEPENDENT, generator, recompute_limbs
+from extras.baselines.common import INDEPENDENT, random_stream, recompute_limbs
 from extras.baselines.simclr import MILD, PUBLISHED, augment, blank_leads
 from extras.baselines.three_kg import DOWER as FROM_DIPOLE
 from extras.baselines.three_kg import INVERSE_DOWER, blank_half, random_turn
@@ -24,7 +24,7 @@ STRENGTHS = pytest.mark.parametrize("strength", [MILD, PUBLISHED], ids=["mild", 
 
 
 def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=random_stream(seed), dtype=torch.float64)
 
 
 def only(strength, name, probability=1.0):
@@ -37,7 +37,7 @@ def only(strength, name, probability=1.0):
 def disturbance(strength, name, B=200, T=500, rate=500, probability=1.0):
     """(B, 12, T) float64 mV: what it adds to nothing."""
     silence = torch.zeros(B, 12, T, dtype=torch.float64)
-    return augment(silence, generator(0), rate, only(strength, name, probability))
+    return augment(silence, random_stream(0), rate, only(strength, name, probability))
 
 
 def views(draw, ecg):
@@ -50,10 +50,10 @@ def views(draw, ecg):
 def test_a_crop_is_half_of_the_scored_lead_at_another_gain_in_each_record():
     """What the network of crops.py sees, against every half that there is."""
     method = crops.Crops(crops.CropsConfig(size="small"))
-    ecg, labels = torch.randn(20, 12, 60, generator=generator(0)), torch.ones(20, 44)
+    ecg, labels = torch.randn(20, 12, 60, generator=random_stream(0)), torch.ones(20, 44)
     method.encoder.forward = seen = mock.Mock(return_value=torch.zeros(20, 512))
     method.classify.bias.data.fill_(-1.0)
-    loss, _ = method(ecg, None, generator(1), labels)
+    loss, _ = method(ecg, None, random_stream(1), labels)
     assert loss.item() == pytest.approx(44 * math.log(1 + math.e))
     (view,) = seen.call_args.args
     gains, starts = [], []
@@ -77,18 +77,18 @@ def test_a_view_is_a_function_of_its_draw_and_leaves_the_record_alone():
     """So that a resumed run sees the same views: nothing comes from torch's own stream."""
     ecg = normal(6, 12, 300)
     before, state = ecg.clone(), torch.get_rng_state()
-    first, again, other = (views(generator(seed), ecg) for seed in (1, 1, 2))
+    first, again, other = (views(random_stream(seed), ecg) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(ecg, before)
     for a, b, c in zip(first, again, other, strict=True):
         assert torch.equal(a, b) and not torch.equal(a, c)
         assert a.shape == ecg.shape and a.dtype == ecg.dtype and a.isfinite().all()
-    assert all(view.dtype == torch.float32 for view in views(generator(1), ecg.float()))
+    assert all(view.dtype == torch.float32 for view in views(random_stream(1), ecg.float()))
 
 
 def test_records_of_a_batch_are_disturbed_apart():
     ecg = normal(1, 12, 300).expand(40, 12, 300)
     strength = MILD._replace(probability=1.0)
-    for view in (augment(ecg, generator(0), 500, strength), *views(generator(0), ecg)[1:]):
+    for view in (augment(ecg, random_stream(0), 500, strength), *views(random_stream(0), ecg)[1:]):
         for i in range(1, len(view)):
             assert not torch.equal(view[0], view[i])
 
@@ -186,11 +186,11 @@ def test_the_step_has_a_sign_for_each_lead_and_one_size_for_all(strength):
 
 def test_the_gain_is_one_number_a_record():
     ecg = recompute_limbs(normal(500, 12, 20))
-    ratio = augment(ecg, generator(0), 500, only(MILD, "gain")) / ecg
+    ratio = augment(ecg, random_stream(0), 500, only(MILD, "gain")) / ecg
     gain = ratio[:, :1, :1]
     torch.testing.assert_close(ratio, gain.expand_as(ratio), rtol=1e-6, atol=0)
     assert 0.8 <= gain.min() < 0.81 and 1.24 < gain.max() <= 1.25
-    assert torch.equal(augment(ecg, generator(0), 500, only(PUBLISHED, "gain")), ecg)
+    assert torch.equal(augment(ecg, random_stream(0), 500, only(PUBLISHED, "gain")), ecg)
 
 
 def test_each_mild_disturbance_spares_half_of_the_records():
@@ -200,13 +200,13 @@ def test_each_mild_disturbance_spares_half_of_the_records():
         assert 0.44 < share < 0.56, name
         assert (disturbance(PUBLISHED, name, B=1000, T=50) != 0).any(2).any(1).all(), name
     ecg = recompute_limbs(normal(1000, 12, 5))
-    gained = augment(ecg, generator(0), 500, only(MILD, "gain", MILD.probability))
+    gained = augment(ecg, random_stream(0), 500, only(MILD, "gain", MILD.probability))
     assert 0.44 < float((gained == ecg).all(2).all(1).double().mean()) < 0.56
 
 
 def test_half_of_the_leads_are_blank_and_the_others_untouched():
     ecg = normal(2000, 12, 3)
-    view = blank_leads(ecg, generator(0))
+    view = blank_leads(ecg, random_stream(0))
     is_blank = (view == 0).all(2)
     torch.testing.assert_close(view, ecg * ~is_blank[..., None], rtol=0, atol=0)
     share = is_blank.double().mean(0)  # of each lead
@@ -251,7 +251,7 @@ def test_a_turn_goes_about_z_then_y_then_x_whose_axes_stay():
 @pytest.mark.parametrize("published", [False, True])
 def test_a_turned_heart_is_turned_then_stretched_record_by_record(published):
     ecg = normal(5, 12, 40)
-    angles, factors = random_turn(5, generator(0))
+    angles, factors = random_turn(5, random_stream(0))
     found = turn(ecg, angles, factors, published)
     to_dipole, R = INVERSE_DOWER.numpy(), rotation(angles.double()).numpy()
     for i in range(5):
@@ -268,7 +268,7 @@ def test_a_turned_heart_is_turned_then_stretched_record_by_record(published):
 def test_what_the_dipole_cannot_hold_stays_or_goes():
     ecg = normal(4, 12, 30)
     kept = FROM_DIPOLE @ INVERSE_DOWER
-    angles, factors = random_turn(4, generator(0))
+    angles, factors = random_turn(4, random_stream(0))
     outside = torch.eye(8).double() - kept
     stays, goes = (turn(ecg, angles, factors, p)[:, INDEPENDENT] for p in (False, True))
     torch.testing.assert_close(outside @ stays, outside @ ecg[:, INDEPENDENT])
@@ -277,7 +277,7 @@ def test_what_the_dipole_cannot_hold_stays_or_goes():
 
 
 def test_angles_and_factors_are_uniform_and_their_own():
-    angles, factors = random_turn(4000, generator(0))
+    angles, factors = random_turn(4000, random_stream(0))
     scaled = torch.cat([angles / (math.pi / 2) + 0.5, 2 * (factors - 1)], 1).double()  # (0, 1)
     assert scaled.min() >= 0 and scaled.max() <= 1
     assert (scaled.mean(0) - 0.5).abs().max() < 0.03
@@ -288,7 +288,7 @@ def test_angles_and_factors_are_uniform_and_their_own():
 @pytest.mark.parametrize("T", [500, 501])
 def test_the_blank_window_begins_anywhere_and_goes_round_the_end(T):
     ecg = normal(100, 12, T)
-    view = blank_half(ecg, generator(0))
+    view = blank_half(ecg, random_stream(0))
     is_blank = view == 0
     assert (is_blank.sum(2) == T // 2).all()
     torch.testing.assert_close(view, ecg * ~is_blank, rtol=0, atol=0)

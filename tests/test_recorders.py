@@ -11,7 +11,7 @@ from scipy import signal
 import selfmis
 from extras import halves, recorders
 from extras.baselines import crops
-from extras.baselines.common import generator
+from extras.baselines.common import random_stream
 from selfmis import UsageError
 
 RATE_HZ = 100
@@ -51,7 +51,7 @@ def test_how_many_records_meet_what(monkeypatch):
 
         monkeypatch.setattr(recorders, name, spy)
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((4000, 1, 64)))
-    one = recorders.record_simply(x, RATE_HZ, generator(0, 0))
+    one = recorders.record_simply(x, RATE_HZ, random_stream(0, 0))
     kinds = [name for name, _ in cutoffs]
     assert kinds == ["low_pass", "high_pass", "high_pass", "low_pass"]  # the first is the wander
     limits = ((0.2, 1.5, 1), (0.05, 1, 0.75), (0.05, 0.5, 0.25), (10, 45, 0.5))
@@ -85,9 +85,9 @@ def test_recorders_take_scored_records_only(tmp_path):
 def test_every_record_passes_a_recorder_of_its_own_and_keeps_its_place_in_time():
     scored = selfmis.preprocess(made_up(1)[0][0, :1], sample_rate_hz=RATE_HZ)
     x = torch.from_numpy(scored).expand(64, 1, 1000)
-    one = recorders.record_simply(x, RATE_HZ, generator(0, 0))
-    again = recorders.record_simply(x, RATE_HZ, generator(0, 0))
-    other = recorders.record_simply(x, RATE_HZ, generator(0, 1))
+    one = recorders.record_simply(x, RATE_HZ, random_stream(0, 0))
+    again = recorders.record_simply(x, RATE_HZ, random_stream(0, 0))
+    other = recorders.record_simply(x, RATE_HZ, random_stream(0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
     is_swapped = (one * x).sum((1, 2)) < 0
     assert 6 <= is_swapped.sum() <= 26  # a quarter of 64
@@ -118,7 +118,7 @@ def test_halves_are_what_the_student_sees_and_whole_records_validate(tmp_path, m
     assert 0.15 < spread.log().std() < 0.4  # a gain, and halves that are louder than others
     # As extras/baselines/crops.py draws them.
     x = torch.arange(1000.0).expand(500, 1, 1000)
-    half = crops.random_half(x, generator(0, 0))
+    half = crops.random_half(x, random_stream(0, 0))
     gain = half[..., 1] - half[..., 0]  # (B, 1)
     start = half[..., 0] / gain
     assert (

@@ -15,7 +15,7 @@ import selfmis
 import train_probe
 from extras import evidence
 from extras.baselines import common, synthetic_pretraining, synthetic_table
-from extras.baselines.common import generator, zscore
+from extras.baselines.common import random_stream, zscore
 from extras.baselines.losses import statement_loss
 from extras.baselines.synthetic_pretraining import PatchRecurrent, SyntheticPretraining
 from extras.baselines.synthetic_pretraining import SyntheticPretrainingConfig, TokenTransformer
@@ -27,11 +27,11 @@ TOKEN_NETWORKS = pytest.mark.parametrize("network", ["transformer", "lstm", "gru
 
 
 def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=generator(seed))
+    return torch.randn(*shape, generator=random_stream(seed))
 
 
 def some_labels(B):
-    labels = (torch.rand(B, 44, generator=generator(7)) < 0.1).float()
+    labels = (torch.rand(B, 44, generator=random_stream(7)) < 0.1).float()
     labels[:, 0] = 1
     return labels
 
@@ -128,12 +128,12 @@ def test_a_recurrent_network_is_fine_tuned_from_eval_mode():
 
 
 def test_twenty_tokens_are_masked_other_ones_in_each_record():
-    is_masked = random_mask(400, generator(0))
+    is_masked = random_mask(400, random_stream(0))
     assert is_masked.shape == (400, 50) and (is_masked.sum(1) == 20).all()
     assert len({tuple(row) for row in is_masked.tolist()}) == 400
     assert is_masked.double().mean(0).sub(0.4).abs().max() < 0.1  # from anywhere
-    assert torch.equal(is_masked, random_mask(400, generator(0)))
-    assert not torch.equal(is_masked, random_mask(400, generator(1)))
+    assert torch.equal(is_masked, random_mask(400, random_stream(0)))
+    assert not torch.equal(is_masked, random_mask(400, random_stream(1)))
 
 
 @TOKEN_NETWORKS
@@ -141,9 +141,9 @@ def test_twenty_tokens_are_masked_other_ones_in_each_record():
 def test_what_stands_under_a_mask_does_not_reach_the_network(network, monkeypatch):
     method, ecg = make(network=network, alpha=1.0, leads=12), normal(4, 12, 1000)
     calls = spy(monkeypatch, method.encoder, "contextualise")
-    method(ecg, None, generator(3))
+    method(ecg, None, random_stream(3))
     (((entered,), _),) = calls
-    is_masked = random_mask(4, generator(3))
+    is_masked = random_mask(4, random_stream(3))
     plain = method.encoder.embed(method.encoder.patches(zscore(ecg)))
     assert (entered[is_masked] == method.hole).all()
     assert_close(entered[~is_masked], plain[~is_masked])
@@ -156,11 +156,11 @@ def test_the_loss_is_a_loop(network, alpha):
     method, ecg, labels = make(network=network, alpha=alpha), normal(4, 12, 1000), some_labels(4)
     labels[2] = 0  # a record without a statement: it only fills holes
     given = [labels] if method.uses_labels else []
-    loss, numbers = method(3 + 5 * ecg, None, generator(3), *given)
+    loss, numbers = method(3 + 5 * ecg, None, random_stream(3), *given)
 
     x = ecg[:, 0].double()
     x = (x - x.mean(1, keepdim=True)) / x.std(1, correction=0, keepdim=True)
-    is_masked = random_mask(4, generator(3))
+    is_masked = random_mask(4, random_stream(3))
     tokens = method.encoder.embed(method.encoder.patches(x[:, None].float()))
     tokens[is_masked] = method.hole
     tokens = method.encoder.contextualise(tokens)
@@ -195,7 +195,7 @@ def test_only_heads_with_a_weight_are_there_and_every_parameter_learns(network):
         assert (hasattr(method, "fill"), hasattr(method, "classify")) == (alpha > 0, alpha < 1)
         ecg, given = normal(4, 12, 1000), [some_labels(4)] if method.uses_labels else []
         ecg[1] = 0.3  # a flat record
-        method(ecg, None, generator(0), *given)[0].backward()
+        method(ecg, None, random_stream(0), *given)[0].backward()
         for name, p in method.named_parameters():
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 

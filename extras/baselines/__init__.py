@@ -1,6 +1,6 @@
 """The methods that the paper compares SelfMIS with: the same records, the same probe.
 
-    python -m extras.baselines.clocs --data ptb-xl --sample-rate 100 --size small --out runs/clocs
+    python -m extras.baselines.clocs --data ptb-xl --size small --out runs/clocs
     python train_probe.py --data ptb-xl --encoder runs/clocs/best.pt --lead I --head logistic
 
 Likewise simclr, wav2vec2, three_kg, w2v_cmsc, st_mem and heartlang; without --size small in the
@@ -9,6 +9,10 @@ of which a probe then sees lead I and zeros, as in the paper.  No label is used.
 Table 1, ECGFounder, comes trained:
 
     python train_probe.py --data ptb-xl --encoder 1_lead_ECGFounder.pth
+
+Each file names the paper of its method, and what differs from "the published form": that is the
+public code that the SelfMIS paper's parameter counts fit, fairseq-signals for the five on the
+conv-transformer, the authors' own for ST-MEM, HeartLang and MCMA, ecg-recon for the three GANs.
 
 Table 2's four, pix2pix, cyclegan, ekgan and mcma, make eleven leads out of lead I; they are trained
 in the same way, and generated.py writes and scores what they make.

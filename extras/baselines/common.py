@@ -7,9 +7,10 @@ them, and its checkpoint then says so too.
 
 The budget of `--size small` is the one of all methods of the benchmark: 100 Hz, 8 epochs in
 batches of 128 (under torchrun of each process: give --batch-size), AdamW, weight decay 0.01, 50
-steps of warm-up, then a cosine to 0, gradients clipped at 1, and the weights of the last epoch.
-Without it size, epochs, rate, and the batch of one of several processes (fairseq's eight) are the
-published ones; cosine and clipping stay, where those published with a constant rate have neither.
+steps of warm-up, then a cosine to 0, and gradients clipped at 1.  Without it size, epochs, rate,
+and the batch of one of several processes (eight, in fairseq-signals) are the published ones; cosine
+and clipping stay, where those published with a constant rate have neither.  OUT/best.pt has the
+weights of the last finished epoch, under the name that probes expect.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class BaselineConfig(Config):
     """Flags of every baseline; None: follows from --size."""
 
     out: str = flag("runs/baseline", "folder of the run", metavar="DIR")
-    size: str | None = flag(None, "small; default: as published", choices=("small",))
+    size: str = flag("published", "of the network and its budget", choices=("small", "published"))
     leads: int = flag(
         12, "what it sees: twelve leads, as published, or lead I alone", choices=(1, 12)
     )
@@ -105,7 +106,7 @@ class Method(nn.Module):
 
     @staticmethod
     def make_encoder(config: BaselineConfig) -> nn.Module:
-        return ConvTransformer(config.leads, **CONV_SIZES[config.size or "published"])
+        return ConvTransformer(config.leads, **CONV_SIZES[config.size])
 
     def forward(
         self, ecg: torch.Tensor, patients: torch.Tensor, draw: torch.Generator
@@ -144,7 +145,8 @@ class ContrastiveMethod(Method):
     @staticmethod
     def make_encoder(config: ContrastiveConfig) -> nn.Module:
         if config.encoder == "resnet":
-            return ResNet1D(config.leads, **SIZES[config.size or "ecgfounder"])
+            size = "small" if config.size == "small" else "ecgfounder"
+            return ResNet1D(config.leads, **SIZES[size])
         return Method.make_encoder(config)
 
     def embed(self, view: torch.Tensor) -> torch.Tensor:
@@ -220,8 +222,8 @@ class BaselineTraining(Training):
         config, ranks = self.config, self.ranks
         self.model.progress = (self.epoch + self.step / self.steps) / config.epochs
         key = (config.seed, self.epoch, self.step, ranks.rank)
-        torch.manual_seed(generator(*key, 1).initial_seed())  # dropout takes no generator
-        return self.learner.forward(*self.inputs(rows, signals, generator(*key)))[0]
+        torch.manual_seed(random_stream(*key, 1).initial_seed())  # dropout takes no generator
+        return self.learner.forward(*self.inputs(rows, signals, random_stream(*key)))[0]
 
     def inputs(self, rows: np.ndarray, signals: torch.Tensor, draw: torch.Generator) -> list:
         """What the method's `forward` gets for these records."""
@@ -236,7 +238,7 @@ class BaselineTraining(Training):
         return torch.from_numpy(keys).to(self.ranks.device)
 
 
-def generator(*key: int) -> torch.Generator:
+def random_stream(*key: int) -> torch.Generator:
     """A stream of random numbers that is a function of these."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(seed))
@@ -367,7 +369,7 @@ def validate(run: BaselineTraining) -> dict:
     for step, (rows, (signals, _)) in enumerate(
         zip(batches, run.pairs.batches(batches), strict=True)
     ):
-        draw = generator(0, 0, step, ranks.rank)
+        draw = random_stream(0, 0, step, ranks.rank)
         loss, numbers = run.model(*run.inputs(rows, signals, draw))
         values.append({"val_loss": float(loss)} | {k: float(v) for k, v in numbers.items()})
     run.model.train()

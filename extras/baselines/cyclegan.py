@@ -1,14 +1,14 @@
 """CycleGAN: from lead I to twelve leads and back, without being told which belong together.
 
-    python -m extras.baselines.cyclegan --data ptb-xl --sample-rate 100 --size small --out runs/cyc
+    python -m extras.baselines.cyclegan --data ptb-xl --size small --out runs/cyc
 
 Two U-Nets with instance norm, there (lead I in all twelve rows -> twelve leads) and back, each with
 a judge of pieces of its own.  Each is told "real" by its judge; both circles, there and back and
 back and there, must end where they began (10 times the mean absolute error), and what is already on
-the other side must stay (2.5 times).
+the other side must stay (2.5 times).  After Zhu et al. 2017 (arXiv 1703.10593).
 
 Departures from the original for photographs: U-Nets with kernels of (2, 4) on an image of 16 rows;
-cross-entropy, not squares; judges do not see older fakes again.  And gan.py's.
+2.5, where it has 5; cross-entropy, not squares; judges do not see older fakes again.  And gan.py's.
 """
 
 import dataclasses

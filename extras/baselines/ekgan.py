@@ -1,6 +1,6 @@
 """EKGAN: twelve leads out of lead I, whose narrowest layer must be that of the twelve leads.
 
-    python -m extras.baselines.ekgan --data ptb-xl --sample-rate 100 --size small --out runs/ekgan
+    python -m extras.baselines.ekgan --data ptb-xl --size small --out runs/ekgan
 
 Beside the generator, a U-Net, a label network, a U-Net without skips, squeezes the true twelve
 leads and draws them again.  The generator is told "real" by a judge of every sample, pulled to the

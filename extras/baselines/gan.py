@@ -235,4 +235,4 @@ class GenerativeMethod(Method):
 
 
 def width_of(config: BaselineConfig) -> int:
-    return WIDTHS[config.size or "published"]
+    return WIDTHS[config.size]

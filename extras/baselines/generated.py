@@ -217,7 +217,7 @@ def score(flags: argparse.Namespace) -> None:
     for name, z in embedded.items():
         logits = train_probe.score(z, weight, bias)
         auc, draws = train_probe.mean_auc([logits], records.labels, records.patient_keys())
-        results[name] = Scores(auc, draws, records.labels, [])
+        results[name] = Scores(auc, draws, records.labels, records.patient_keys(), [])
     _, patient = np.unique(records.patient_keys(), return_inverse=True)
     half = np.random.default_rng(0).permutation(patient.max() + 1)[patient] % 2 == 0
     rest = embedded["real leads"][~half].numpy()

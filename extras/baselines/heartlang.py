@@ -1,11 +1,12 @@
 """HeartLang: beats are words; learn a vocabulary, then predict masked words.
 
-    python -m extras.baselines.heartlang --data ptb-xl --sample-rate 100 --size small --out runs/hl
+    python -m extras.baselines.heartlang --data ptb-xl --size small --out runs/hl
 
 A word is a beat in one lead: the R peaks of lead I cut all leads at the mid-points between them, at
 most 48 samples (at 100 Hz) before R and 48 from R on.  First `Vocabulary`, a run of its own in
 OUT/words, learns to squeeze each word into one of V unit vectors, its code, and to draw it again.
-Then `HeartLang` masks half of the words and predicts their codes from the others.
+Then `HeartLang` masks half of the words and predicts their codes from the others.  After Jin et al.
+2025 (arXiv 2502.10707).
 
 The embedding is the mean over words of the last layer.  To a probe an all-zero row is an absent
 lead: it has no words.
@@ -237,7 +238,7 @@ class Vocabulary(Method):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
-        shape = VOCABULARIES[config.size or "published"]
+        shape = VOCABULARIES[config.size]
         D, C, V = shape["encoder"]["width"], shape["code_width"], shape["codes"]
         self.squeeze = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, C))
         slots = self.encoder.architecture["slots"]
@@ -249,7 +250,7 @@ class Vocabulary(Method):
 
     @staticmethod
     def make_encoder(config: BaselineConfig) -> BeatTransformer:
-        return beat_transformer(config, VOCABULARIES[config.size or "published"]["encoder"], 0.0)
+        return beat_transformer(config, VOCABULARIES[config.size]["encoder"], 0.0)
 
     def forward(self, ecg, patients, draw):
         words, places, is_real = self.encoder.cut(zscore(to_view(ecg, self.config.leads)))
@@ -328,7 +329,7 @@ class HeartLang(Method):
 
     @staticmethod
     def make_encoder(config: BaselineConfig) -> BeatTransformer:
-        return beat_transformer(config, READERS[config.size or "published"], 0.1)
+        return beat_transformer(config, READERS[config.size], 0.1)
 
     def forward(self, ecg, patients, draw):
         words, places, is_real = self.encoder.cut(zscore(to_view(ecg, self.config.leads)))

@@ -1,6 +1,6 @@
 """MCMA: twelve leads out of one, by squared error alone.
 
-    python -m extras.baselines.mcma --data ptb-xl --sample-rate 100 --size small --out runs/mcma
+    python -m extras.baselines.mcma --data ptb-xl --size small --out runs/mcma
 
 A U-Net over time with twelve channels in and out.  All channels are zero but the one lead that is
 known, in its own place; the target is all twelve leads.
@@ -107,7 +107,7 @@ class MCMA(GenerativeMethod):
 
     @staticmethod
     def make_encoder(config: MCMAConfig) -> MCMAGenerator:
-        return MCMAGenerator(**SIZES[config.size or "published"], last_norm=config.published)
+        return MCMAGenerator(**SIZES[config.size], last_norm=config.published)
 
     def forward(self, ecg, patients, draw):
         piece = self.pieces(ecg, draw)

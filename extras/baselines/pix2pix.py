@@ -1,9 +1,10 @@
 """Pix2Pix: twelve leads out of lead I, so that a judge who sees both finds them real.
 
-    python -m extras.baselines.pix2pix --data ptb-xl --sample-rate 100 --size small --out runs/p2p
+    python -m extras.baselines.pix2pix --data ptb-xl --size small --out runs/p2p
 
 The generator, a U-Net with batch norm, is told "real" by a judge of pieces who sees lead I beside
-the twelve leads, and pulled to the true leads by 50 times the mean absolute error.
+the twelve leads, and pulled to the true leads by 50 times the mean absolute error.  After Isola et
+al. 2017 (arXiv 1611.07004).
 
 Departures from the original for photographs: 50, where it has 100; kernels of (2, 4) on an image of
 16 rows, lead I in twelve of them; the judge's two losses are summed, not halved.  And gan.py's.

@@ -1,6 +1,6 @@
 """ST-MEM: a masked autoencoder of patches of single leads, in space and time.
 
-    python -m extras.baselines.st_mem --data ptb-xl --sample-rate 100 --size small --out runs/st-mem
+    python -m extras.baselines.st_mem --data ptb-xl --size small --out runs/st-mem
 
 Nine seconds of each lead are cut into 30 patches of 300 ms, of which 7, other ones in each lead,
 are seen.  All seen patches of all leads attend to each other, each with a code of its time and a
@@ -8,7 +8,8 @@ vector of its lead, between two separators a lead.  A small decoder then fills t
 on its own, and is judged by the squared error of the masked patches, each scored by itself.
 
 To a probe an all-zero row is an absent lead: it has no tokens.  The embedding is the mean over the
-patches of the leads that are there, normalised, over three crops of nine seconds.
+patches of the leads that are there, normalised, over three crops of nine seconds.  After Na et al.
+2024 (arXiv 2402.09450).
 
 Departures from the published form: `--size small` sees the eight independent leads, because a
 masked III could be read off I and II; records are not filtered (0.67 to 40 Hz there) and scored
@@ -135,7 +136,7 @@ class STMEM(Method):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
-        shape = DECODERS[config.size or "published"]
+        shape = DECODERS[config.size]
         width = shape["width"]
         self.narrow = nn.Linear(self.encoder.embedding_dim, width)
         self.hole = nn.Parameter(0.02 * torch.randn(width))  # what stands where a patch is masked
@@ -148,7 +149,7 @@ class STMEM(Method):
 
     @staticmethod
     def make_encoder(config: BaselineConfig) -> PatchTransformer:
-        shape = SIZES[config.size or "published"]
+        shape = SIZES[config.size]
         return PatchTransformer(config.leads, rows=rows_seen(config), **shape)
 
     def forward(self, ecg, patients, draw):

@@ -1,11 +1,12 @@
 """3KG: the same heart, turned and stretched, is the same patient.
 
-    python -m extras.baselines.three_kg --data ptb-xl --sample-rate 100 --size small --out runs/3kg
+    python -m extras.baselines.three_kg --data ptb-xl --size small --out runs/3kg
 
 Of each record a random segment of five seconds is seen twice: its eight independent leads become
 the heart's dipole (inverse Dower matrix), which is turned by three angles of up to 45 degrees and
 stretched along its axes, and leads again; then a window of half of each lead's samples is blanked.
-All views of one patient in a batch belong together (`patient_nt_xent`).
+All views of one patient in a batch belong together (`patient_nt_xent`).  After Gopal et al. 2021
+(arXiv 2106.04452).
 
 Departure: the dipole holds 58 % of lead I's variance, and the published view keeps nothing else,
 turned or not.  Here what the dipole cannot hold stays as it is, so that no turn is no change;

@@ -89,7 +89,8 @@ class ConvTransformer(Encoder):
 
     (B, leads, T) -> (B, D): both halves of the record on their own, the mean over time of the last
     layer in each, and the mean of the two.  Under a linear head this is the published mean of the
-    logits of two segments.  train_pretrain.py and --finetune train it without its dropout.
+    logits of two segments.  The published form drops out a tenth of the projected latents, too.
+    train_pretrain.py and --finetune train it without its dropout.
     """
 
     def __init__(

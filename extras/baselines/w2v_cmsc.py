@@ -1,10 +1,11 @@
 """W2V-CMSC: Wav2Vec 2 on both halves of a record, which are a pair besides, as in CLOCS.
 
-    python -m extras.baselines.w2v_cmsc --data ptb-xl --sample-rate 100 --size small --out runs/wc
+    python -m extras.baselines.w2v_cmsc --data ptb-xl --size small --out runs/wc
 
 Both halves have holes to fill (wav2vec2.py); the means over time of the last layer *with holes* are
 the embeddings that InfoNCE pairs over the batch.  The two losses have equal weight.  With
 --leads 12 some leads are blanked first, other ones in each half: what lets it live with lead I.
+After Oh et al. 2022 (arXiv 2203.06889), with their random lead masking.
 
 Departures from the published form: it blanks each lead with probability 1/2, and shows lead I alone
 once in 4,096 halves; here the number of leads that stay is drawn from 1 to 12 (--published goes

@@ -1,12 +1,12 @@
 """Wav2Vec 2: tell which quantised piece of the ECG belongs in a hole.
 
-    python -m extras.baselines.wav2vec2 --data ptb-xl --sample-rate 100 --size small --out runs/w2v
+    python -m extras.baselines.wav2vec2 --data ptb-xl --size small --out runs/w2v
 
 Of a random segment of five seconds half of the tokens, in spans of 320 ms (`--size small`: at 100
 Hz), are replaced by one learned vector.  What the transformer puts in a hole must be nearer to the
 quantised latent that was there than to K quantised latents of other holes of the same segment.  The
 quantiser picks one codeword in each of two groups by a Gumbel softmax; a diversity term keeps its
-codebook in use.
+codebook in use.  After Baevski et al. 2020 (arXiv 2006.11477).
 
 Departures from the published form: the temperature of the Gumbel softmax reaches 0.5 after 70 % of
 the run, whatever its length; the batch of all processes counts in the diversity term; records are
@@ -44,7 +44,7 @@ class Wav2Vec2(Method):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
-        shape = QUANTISERS[config.size or "published"]
+        shape = QUANTISERS[config.size]
         self.span = shape["span"]
         self.distractors = shape["distractors"]
         D = self.encoder.embedding_dim
