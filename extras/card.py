@@ -8,14 +8,7 @@ FILE: best.pt, last.pt or probe.pt of a run, or an ECGFounder file.
 import argparse
 
 from extras import command_parser, run_action
-from extras.detect import (
-    DISCLAIMER,
-    describe_data,
-    describe_probe,
-    operating_point,
-    point_lines,
-    rates,
-)
+from extras.detect import DISCLAIMER, describe_data, describe_probe, operating_point, point_lines
 from selfmis import load_encoder, read_checkpoint
 from train_probe import format_cell
 
@@ -64,8 +57,7 @@ def describe_head(content: dict) -> list[str]:
     head = content.get("head_name", "?")
     lines = [f"head: {head}, {len(content['classes'])} statements; its labels: {labels}"]
     lines += [f"warning: {warning}" for warning in describe_probe(content)["warnings"]]
-    point = operating_point(content["validation"])
-    lines.append(f"verdict: {'; '.join([*point_lines(point), rates(content)])}")
+    lines.append(f"verdict: {'; '.join(point_lines(operating_point(content)))}")
     means = [
         f"{group} {format_cell(results[group], 'mean', '{:.3f}')}"
         for group in ("nine", "six", "diagnostic")

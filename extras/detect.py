@@ -5,7 +5,10 @@
     python -m extras.detect FOLDER --probe PROBE.pt --json > answers.json
 
     detector = load_detector()  # or load_detector("probe.pt")
-    detector(ecg_mv, 512)  # {"ALMI": 0.01, ...}: probabilities of the nine types
+    ecg, rate_hz, warnings = read_recording("watch.csv", detector.leads)  # or your own, in mV
+    warnings += check_recording(ecg, rate_hz, detector.leads)
+    point = operating_point(detector.content)
+    make_answer(detector(ecg, rate_hz), detector.content, point)["any_infarct"]["positive"]
 
 The answer is one verdict, "any infarct", and then the nine types ranked, as a description: nine
 verdicts side by side would call two in five healthy people positive for something.
@@ -26,7 +29,8 @@ from torch import nn
 
 import selfmis
 from extras import command_parser, run_action
-from extras.recordings import TEXT_FILES, check_recording, fill_gaps, header_of, read_recording
+from extras.recordings import TEXT_FILES, beats_a_minute, check_recording, fill_gaps, header_of
+from extras.recordings import read_recording, without_wander
 from extras.synthetic import ecg_paper, save_picture
 from selfmis import LEADS, MI_TYPES, SECONDS, RecordError, UsageError, segment_names
 
@@ -36,8 +40,7 @@ PROBE_KEYS |= {"head_training_data", "results", "warnings"}
 MINIMUM_CASES = 10  # rates and shares of fewer cases mean nothing
 PREVALENCE = 0.03  # 3.1 % of US adults have had an infarct (2023 guideline on coronary disease)
 SHARE = "probability, and times its share of the validation fold"
-RATES = "measured on recorders like the validation fold's"
-HANDHELD = "not measured on a hand-held device, where false alarms are several times as frequent"
+NO_ECG = 1 / 30  # a window whose span is less than so much of the widest holds no ECG
 WEIGHTS = Path(__file__).with_name("weights") / "lead_I_small.pt"  # extras/ship.py makes them
 DISCLAIMER = "research code, not a medical device: an infarct of today needs an emergency call"
 
@@ -75,10 +78,10 @@ class Detector:
     ecg: mV at any rate, one recording (T,) or (L, T), or several of one length (N, L, T); L is 1,
     or 12 for a probe of all leads. Returns {type: probability}, floats or arrays (N,). More than
     10 s are covered by windows of 10 s, spread evenly (they overlap where the length is no
-    multiple); their probabilities are averaged, flat windows left out. 2.5 to 10 s are padded as
-    in `preprocess`, and fewer infarcts are found in them (RESULTS.md, "Other devices"); what
-    averaging does was not measured, since PTB-XL has 10 s of each record. Raises UsageError:
-    another shape or type, too short, flat throughout.
+    multiple); their probabilities are averaged, windows without an ECG left out. 2.5 to 10 s are
+    padded as in `preprocess`, and fewer infarcts are found in them (RESULTS.md, "Other devices");
+    what averaging does was not measured, since PTB-XL has 10 s of each record. Raises UsageError:
+    another shape or type, too short, flat throughout (among several: NaN).
 
     Attributes: leads, sample_rate_hz, preprocessing; content, the whole checkpoint.
     """
@@ -98,9 +101,17 @@ class Detector:
         if not isinstance(sample_rate_hz, Real) or not 1 <= sample_rate_hz <= 100_000:
             raise UsageError(f"a sample rate of {sample_rate_hz} Hz: expected 1 to 100,000")
         batch = ecg.reshape((1,) * (3 - ecg.ndim) + ecg.shape)  # (N, L, T)
-        means = np.stack([self.mean_probability(one, sample_rate_hz) for one in batch])  # (N, 9)
+        windows = [self.windows(one, sample_rate_hz) for one in batch]
+        each = self.probabilities(np.concatenate(windows))  # (windows of all, 9)
+        means = np.full((len(batch), len(MI_TYPES)), np.nan)
+        ends = np.cumsum([len(part) for part in windows])
+        for i, part in enumerate(np.split(each, ends[:-1])):
+            if len(part):
+                means[i] = part.mean(0)
         if ecg.ndim == 3:
             return dict(zip(MI_TYPES, means.T, strict=True))
+        if np.isnan(means).any():
+            raise UsageError("the recording is flat")
         return dict(zip(MI_TYPES, means[0].tolist(), strict=True))
 
     def as_numbers(self, ecg) -> np.ndarray:
@@ -118,27 +129,41 @@ class Detector:
             )
         return array.astype(np.float64)
 
-    @torch.no_grad()
-    def mean_probability(self, ecg: np.ndarray, rate_hz: float) -> np.ndarray:
-        """(L, T) -> (9,), the mean over the windows."""
+    def windows(self, ecg: np.ndarray, rate_hz: float) -> np.ndarray:
+        """(L, T) -> (W, L, 10 s), those that hold an ECG, made ready for the encoder."""
         ecg, _ = fill_gaps(ecg, rate_hz)
         own_rate_hz = self.sample_rate_hz
         resampled = selfmis.resample(ecg, rate_hz, own_rate_hz)
         width, T = round(SECONDS * own_rate_hz), resampled.shape[1]
-        count = max(1, math.ceil(T / width - 0.01))
-        windows = []
-        for start in np.linspace(0, max(0, T - width), count).round().astype(int):
-            # Flat as recorded: beside an ECG, the filter of the new rate leaves a little of it.
+        starts = (
+            np.linspace(0, max(0, T - width), window_count(T / own_rate_hz)).round().astype(int)
+        )
+        # Looked at as recorded: beside an ECG, the filter of the new rate leaves a little of it.
+        # By quantiles: one spike would hide the ECG of all other windows.
+        spans = []
+        for start in starts:
             first = round(start * rate_hz / own_rate_hz)
             last = round((start + width) * rate_hz / own_rate_hz)
-            if np.ptp(ecg[:, first:last], axis=1).any():
+            low, high = np.quantile(ecg[:, first:last], [0.005, 0.995], axis=1)  # (L,) each
+            spans.append((high - low).max())
+        ready = []
+        for start, span in zip(starts, spans, strict=True):
+            if span > NO_ECG * max(spans):
                 one = resampled[:, start : start + width]
                 one = selfmis.preprocess(one, sample_rate_hz=own_rate_hz, **self.preprocessing)
-                windows.append(one)
-        if not windows:
-            raise UsageError("the recording is flat")
-        parts = torch.from_numpy(np.stack(windows)).split(32)  # 24 hours have 8,640 windows
-        return torch.cat([self.classifier(part) for part in parts]).mean(0).numpy()
+                ready.append(one)
+        return np.stack(ready) if ready else np.empty((0, len(ecg), width), np.float32)
+
+    @torch.no_grad()
+    def probabilities(self, windows: np.ndarray) -> np.ndarray:
+        """(W, L, 10 s) -> (W, 9)."""
+        parts = torch.from_numpy(windows).split(64)  # 24 hours have 8,640 windows
+        return torch.cat([self.classifier(part) for part in parts]).numpy()
+
+
+def window_count(seconds: float) -> int:
+    """Windows of 10 s that cover a recording; a tenth of a second more needs none of its own."""
+    return max(1, math.ceil(seconds / SECONDS - 0.01))
 
 
 def load_detector(path=WEIGHTS) -> Detector:
@@ -151,12 +176,18 @@ def load_detector(path=WEIGHTS) -> Detector:
 # ----------------------------------------------------------------------------------------------
 
 
-def operating_point(validation: dict, specificity: float = 0.9, prevalence=PREVALENCE) -> dict:
-    """Where "any infarct" is positive, and what that costs on the validation fold.
+def infarct_score(probabilities: dict):
+    """How probable any infarct is, were the types independent; {type: p} -> of the shape of p."""
+    return 1 - np.prod([1 - np.asarray(p) for p in probabilities.values()], axis=0)
+
+
+def operating_point(content: dict, specificity: float = 0.9, prevalence=PREVALENCE) -> dict:
+    """Where "any infarct" is positive, and what that costs on a probe's validation fold.
 
     It is set by the normal records, because most people are normal: at most 1 - specificity of
     them are at or above the threshold. "no_verdict" says why there is none.
     """
+    validation = content["validation"]
     score = validation["any_infarct"].double().numpy()  # (N,)
     infarct, normal = validation["infarct"].numpy(), validation["normal"].numpy()
     groups = {"infarct": infarct, "normal": normal, "other": ~infarct & ~normal}
@@ -174,19 +205,43 @@ def operating_point(validation: dict, specificity: float = 0.9, prevalence=PREVA
     threshold = float(below + above) / 2
     positive = score >= threshold
     rates = {name: positive[group].mean().item() for name, group in groups.items() if group.any()}
-    right, wrong = rates["infarct"] * prevalence, rates["normal"] * (1 - prevalence)
     return point | {
         "threshold": threshold,
         "sensitivity": rates["infarct"],
         "false_alarms_normal": rates["normal"],
         "false_alarms_other": rates.get("other"),  # None: the fold has no such record
-        "predictive_value": right / (right + wrong) if right + wrong else None,
+        "predictive_value": predictive_value(rates["infarct"], rates["normal"], prevalence),
+        "rates": where_rates_hold(content, rates["infarct"], specificity, prevalence),
     }
+
+
+def predictive_value(found: float, alarms: float, prevalence: float) -> float | None:
+    """The share of positive answers that are right; None where there is no positive answer."""
+    right, wrong = found * prevalence, alarms * (1 - prevalence)
+    return right / (right + wrong) if right + wrong else None
+
+
+def where_rates_hold(content: dict, found: float, specificity: float, prevalence: float) -> str:
+    """On which recorders the rates of an operating point were measured."""
+    text = "measured on recorders like the validation fold's"
+    if content["lead"] == "all":
+        return text
+    if "handheld" not in content:
+        return (
+            f"{text}, not on a hand-held device, where false alarms are several times as frequent"
+        )
+    measured = content["handheld"]  # by extras/ship.py, at a specificity of 90 %
+    recordings = f"{measured['recordings']:,} normal rhythms on a hand-held device"
+    text += f"; at 90% specificity {measured['positive']:.0%} of {recordings} were positive"
+    if specificity == 0.9:
+        value = predictive_value(found, measured["positive"], prevalence)
+        text += f", so that there {value:.0%} of positive answers would be right"
+    return text
 
 
 def make_answer(probabilities: dict, content: dict, point: dict) -> dict:
     """One verdict, and the types from the most to the least probable, as JSON says them."""
-    score = 1 - math.prod(1 - p for p in probabilities.values())
+    score = float(infarct_score(probabilities))
     positive = None
     if point["threshold"] is not None:
         positive = score >= point["threshold"]
@@ -199,13 +254,7 @@ def make_answer(probabilities: dict, content: dict, point: dict) -> dict:
             "times_its_share": times if positives else None,
             "validation_positives": positives,
         }
-    verdict = {"score": score, "positive": positive} | point | {"rates": rates(content)}
-    return {"any_infarct": verdict, "types": types}
-
-
-def rates(content: dict) -> str:
-    """On which recorders the rates of an operating point hold."""
-    return f"{RATES}; {content.get('handheld', HANDHELD)}"
+    return {"any_infarct": {"score": score, "positive": positive} | point, "types": types}
 
 
 def verdict_lines(verdict: dict) -> list[str]:
@@ -214,8 +263,7 @@ def verdict_lines(verdict: dict) -> list[str]:
     numbers = f"score {verdict['score']:.3f}"
     if verdict["threshold"] is not None:
         numbers += f", positive from {verdict['threshold']:.3f}"
-    lines = [f"any infarct: {word} ({numbers})", *point_lines(verdict)]
-    return lines if verdict["threshold"] is None else [*lines, verdict["rates"]]
+    return [f"any infarct: {word} ({numbers})", *point_lines(verdict)]
 
 
 def point_lines(point: dict) -> list[str]:
@@ -236,7 +284,7 @@ def point_lines(point: dict) -> list[str]:
         lines.append(
             f"where {where}, {point['predictive_value']:.0%} of positive answers are right"
         )
-    return lines
+    return [*lines, point["rates"]]
 
 
 def type_words(entry: dict) -> str:
@@ -274,7 +322,6 @@ def describe_probe(content: dict) -> dict:
         warnings.append("trained on synthetic ECG alone: it knows no real heart")
     return {
         "trained_on": describe_data(trained),
-        "rates": rates(content),
         "test_auc": {
             "any_infarct_against_normal": results["any"]["NORM"]["auc"],
             "mean_of_nine_types": results["nine"]["mean"],
@@ -300,7 +347,7 @@ def draw_page(path, ecg: np.ndarray, rate_hz: float, title: str, answer: dict, a
     verdict, types = answer["any_infarct"], answer["types"]
     lines = []
     for line in [*verdict_lines(verdict), *about]:
-        lines += textwrap.wrap(line, 110)
+        lines += textwrap.wrap(line, 110, break_on_hyphens=False)
     width = int(10 * rate_hz)
     rows = min(3, math.ceil(len(ecg) / width))
     tall, below = 25 + 30 * rows, 78 + 5 * len(lines)  # mm
@@ -349,7 +396,7 @@ def find_recordings(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             inside = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in kinds]
         for file in [file for file in inside if file.is_file()] or [path]:
-            header = header_of(file)
+            header = file if file.is_dir() else header_of(file)
             recordings.setdefault(header, file)
             if header.suffix == ".hea" and header.is_file():
                 segments |= {header.parent / f"{name}.hea" for name in segment_names(header)}
@@ -366,12 +413,11 @@ def answer_recording(detector: Detector, probe: dict, point: dict, path: Path, f
         probabilities = detector(ecg, rate)
     except UsageError as error:
         raise RecordError(f"{path}: {error}") from error
-    entry = {"file": str(path), "leads": detector.leads, "seconds": ecg.shape[1] / rate}
-    entry["sample_rate_hz"] = rate
+    seconds = ecg.shape[1] / rate
+    entry = {"file": str(path), "leads": detector.leads, "seconds": seconds, "sample_rate_hz": rate}
+    entry["beats_a_minute"] = beats_a_minute(without_wander(ecg[0], rate))
     entry["warnings"] = warnings + check_recording(ecg, rate, detector.leads)
-    if entry["seconds"] < SECONDS - 0.1:
-        found = f"{entry['seconds']:.1f} s, and the rates were measured on {SECONDS:.0f} s"
-        entry["warnings"].append(f"{found}: fewer infarcts are found in less")
+    entry["warnings"] += length_warnings(seconds, len(detector.windows(ecg, rate)))
     entry |= make_answer(probabilities, detector.content, point)
     if flags.picture:
         title = f"{path.stem}, lead {detector.leads[0]}"
@@ -381,9 +427,25 @@ def answer_recording(detector: Detector, probe: dict, point: dict, path: Path, f
     return entry
 
 
+def length_warnings(seconds: float, windows: int) -> list[str]:
+    """What the length of a recording has to do with the rates; windows: those that hold an ECG."""
+    measured = f"the rates were measured on {SECONDS:.0f} s"
+    if seconds < SECONDS - 0.1:
+        return [f"{seconds:.1f} s, and {measured}: fewer infarcts are found in less"]
+    count = window_count(seconds)
+    if count == 1:
+        return []
+    text = f"{seconds:.1f} s, and {measured}: the answer is the mean of {windows} such windows"
+    if windows < count:
+        text += f", the other {count - windows} hold no ECG"
+    return [text]
+
+
 def answer_lines(entry: dict) -> list[str]:
     """An answer in words."""
     what = f"{entry['seconds']:.1f} s at {entry['sample_rate_hz']:g} Hz"
+    if entry["beats_a_minute"] is not None:
+        what += f", {entry['beats_a_minute']:.0f} beats a minute"
     lines = [f"{entry['file']}: {what}, lead {' '.join(entry['leads'])}"]
     lines += [f"warning: {warning}" for warning in entry["warnings"]]
     lines += [*verdict_lines(entry["any_infarct"]), f"types: {SHARE}"]
@@ -397,8 +459,7 @@ def run_detect(flags: argparse.Namespace) -> int:
     """Answers each recording that can be read; 2 if one could not, else 0."""
     detector = load_detector(flags.probe)
     probe = {"file": flags.probe.name} | describe_probe(detector.content)
-    validation = detector.content["validation"]
-    point = operating_point(validation, flags.specificity, flags.prevalence)
+    point = operating_point(detector.content, flags.specificity, flags.prevalence)
     paths = find_recordings(flags.recordings)
     if flags.picture and len(paths) > 1:
         raise UsageError(f"--picture: draws one recording, {len(paths)} were given")

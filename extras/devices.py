@@ -6,9 +6,10 @@
     python -m extras.devices retrieval FOLDER --encoder runs/a/best.pt --teacher runs/t/best.pt
 
 FOLDER holds WFDB records whose leads have their names (in those of the PhysioNet/CinC Challenge of
-2017 lead I is called ECG: rename it) and, beside them, REFERENCE.csv or QUALITY.csv: a record and
-its label in each line (of that Challenge: N normal, A atrial fibrillation, O other, ~ noisy).  Ten
-seconds of each record count.  No label of a device trains anything but the heads of `rhythm`.
+2017 lead I is called ECG: sed -i 's/ ECG/ I/' *.hea) and, beside them, REFERENCE.csv or
+QUALITY.csv: a record and its label in each line (of that Challenge: N normal, A atrial
+fibrillation, O other, ~ noisy).  Ten seconds of each record count.  No label of a device trains
+anything but the heads of `rhythm`.
 
 rhythm:    a linear head on the frozen encoder tells A from N, in five parts of the records: three
            train it, one chooses its strength, one tests it; the mean of the five AUCs.
@@ -34,7 +35,7 @@ import torch
 import selfmis
 import train_probe
 from extras import command_parser, run_action
-from extras.detect import Detector, load_detector, make_answer, operating_point
+from extras.detect import Detector, infarct_score, load_detector, operating_point
 from extras.evidence import print_table
 from extras.recorders import high_pass, low_pass
 from extras.recordings import check_recording, fill_gaps
@@ -241,7 +242,7 @@ def open_detector(path) -> tuple[Detector, dict]:
     detector = load_detector(path)
     if detector.leads != ("I",):
         raise UsageError(f"{path}: a detector of {' '.join(detector.leads)}, not of lead I")
-    point = operating_point(detector.content["validation"])
+    point = operating_point(detector.content)
     if point["threshold"] is None:
         raise UsageError(f"{path}: {point['no_verdict']}")
     return detector, point
@@ -250,12 +251,10 @@ def open_detector(path) -> tuple[Detector, dict]:
 def verdicts(path, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
     """(N,) 1 where the detector of a probe.pt calls "any infarct", 0 where not, NaN if flat."""
     detector, point = open_detector(path)
-    answers = np.full(len(signals), np.nan)
-    for i, (ecg, rate_hz) in enumerate(signals):
-        if np.ptp(ecg) > 0:
-            answer = make_answer(detector(ecg, rate_hz), detector.content, point)
-            answers[i] = answer["any_infarct"]["positive"]
-    return answers
+    # Each as one of several, so that a flat one is no error.
+    scores = [infarct_score(detector(ecg[None], rate_hz)) for ecg, rate_hz in signals]
+    scores = np.concatenate(scores)
+    return np.where(np.isnan(scores), np.nan, scores >= point["threshold"])
 
 
 def rates_at_home(paths: list[str]) -> dict[str, float]:
@@ -337,27 +336,17 @@ def positives_behind(path: str, flags: argparse.Namespace) -> dict[str, np.ndarr
     detector, point = open_detector(path)
     rate_hz = detector.sample_rate_hz
     ecgs = read_all(flags.folder, flags.fold, ("I",), rate_hz)
-    found = {}
+    shown = {}
     for name, parts in disturbances(ecgs[0].shape[1], rate_hz).items():
         draw = torch.Generator().manual_seed(0)
-        scores = infarct_scores(detector, [disturb(ecg, *parts, draw) for ecg in ecgs])
-        found[name] = scores >= point["threshold"]
+        shown[name] = [disturb(ecg, *parts, draw) for ecg in ecgs]
     for seconds in (6, 4):
-        scores = infarct_scores(detector, [ecg[:, : round(seconds * rate_hz)] for ecg in ecgs])
-        found[f"its first {seconds} s"] = scores >= point["threshold"]
+        shown[f"its first {seconds} s"] = [ecg[:, : round(seconds * rate_hz)] for ecg in ecgs]
+    found = {}
+    for name, records in shown.items():
+        scores = infarct_score(detector(np.stack(records), rate_hz))
+        found[name] = scores >= point["threshold"]
     return found
-
-
-@torch.no_grad()
-def infarct_scores(detector: Detector, ecgs: list[np.ndarray]) -> np.ndarray:
-    """Up to ten seconds (1, T) in mV of each record, at the detector's rate -> scores (N,).
-
-    As `Detector` and `make_answer` have it, but for many records at once.
-    """
-    options = dict(sample_rate_hz=detector.sample_rate_hz, **detector.preprocessing)
-    signals = torch.from_numpy(np.stack([selfmis.preprocess(ecg, **options) for ecg in ecgs]))
-    p = torch.cat([detector.classifier(part) for part in signals.split(256)])  # (N, 9)
-    return (1 - (1 - p).prod(1)).numpy()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -54,13 +54,15 @@ def export_detector(path, out) -> str:
 def about_detector(detector: Detector) -> dict[str, str]:
     """What a user of the exported network has to know, as text."""
     any_infarct = {"score": "1 - product of (1 - probability)"}
-    any_infarct |= operating_point(detector.content["validation"])
+    any_infarct |= operating_point(detector.content)
     return {
         "types": " ".join(MI_TYPES),
         "leads": " ".join(detector.leads),
         "sample_rate_hz": f"{detector.sample_rate_hz:g}",
         "unit": "mV",
         "seconds": f"{SECONDS:g}",
+        "longer": "the mean of the probabilities of windows of 10 s, but for those without an ECG",
+        "shorter": "zeros behind it would be scored, which was not measured",
         "any_infarct": json.dumps(any_infarct),
         "probe": json.dumps(nan_to_none(describe_probe(detector.content))),
         "limits": DISCLAIMER,

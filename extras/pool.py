@@ -151,9 +151,11 @@ def pool(flags: argparse.Namespace) -> None:
         refuse_seen_labels(run)
     if flags.out:
         try:
-            flags.out.mkdir(parents=True)
-        except OSError as error:  # it is there, or cannot be made
+            flags.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
             raise UsageError(f"--out {flags.out}: {error.strerror}; give a new folder") from error
+        if any(flags.out.iterdir()):
+            raise UsageError(f"--out {flags.out}: is not empty; give a new folder")
     results = evaluate(runs)
     text = describe(results)
     print(text, end="")

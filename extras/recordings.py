@@ -1,8 +1,8 @@
 """A person's recording -> millivolts: a WFDB record, a .npy array or a table in text.
 
-What a file does not say is asked for and never guessed; the docstrings of the three readers are
-their contracts. Each gives ((L, T) mV with NaN where a sample is missing, {"header" or "time
-column": the rate it states in Hz}, warnings).
+What a file does not say is asked for and never guessed, but for the unit, which is mV then; the
+docstrings of the three readers are their contracts. Each gives ((L, T) mV with NaN where a sample
+is missing, {"header" or "time column": the rate it states in Hz}, warnings).
 """
 
 import csv
@@ -44,11 +44,18 @@ def read_recording(path, leads, *, sample_rate_hz=None, unit=None, column=None):
     if not np.isfinite(ecg).any() or np.abs(selfmis.nan_to_zero(ecg)).max() > 1e9:
         raise RecordError(f"{path}: no sample is a number, or one is too large for an ECG")
     rate, contradiction = choose_rate(path, {"--sample-rate": sample_rate_hz} | rates_hz)
+    missing = ~np.isfinite(ecg)
     ecg, lost = fill_gaps(ecg, rate)
     warnings = warnings + contradiction
-    if lost.any():
-        gaps = f"in gaps of {LONG_GAP_SECONDS} s or longer, and are taken as the lead's median"
-        warnings.append(f"{lost.sum():,} of {lost.size:,} samples are missing {gaps}")
+    named = LEAD.fullmatch(column or "")
+    if named and named[1].upper() != leads[0].upper():
+        warnings.append(f"column {column} is taken for lead {leads[0]}, which trained the detector")
+    if lost.any() or missing.mean() > 0.05:
+        gaps = f"{lost.sum():,} of them in gaps of {LONG_GAP_SECONDS} s or longer"
+        filled = "these are taken as the lead's median, the others lie on a line"
+        warnings.append(
+            f"{missing.sum():,} of {missing.size:,} samples are missing, {gaps}: {filled}"
+        )
     return ecg, rate, warnings
 
 
@@ -113,8 +120,10 @@ def read_record(path: Path, leads, unit: str | None, column: str | None):
     except RecordError as error:
         if ": no lead " not in str(error):
             raise
-        remedy = "give --column NAME" if len(leads) == 1 else "this probe needs all twelve leads"
-        raise RecordError(f"{error}; {remedy}") from error
+        remedy = "; this probe needs all twelve leads"
+        if len(leads) == 1:
+            remedy = "; give --column NAME" if column is None else ""
+        raise RecordError(f"{error}{remedy}") from error
     warnings = check_header(path)
     if unit is not None:
         warnings.append("--unit is ignored: a WFDB record states its unit")
@@ -172,8 +181,9 @@ VOLTAGES = selfmis.MILLIVOLTS | WORDS
 NUMBER = re.compile(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:e[+-]?\d+)?", re.I)
 # A point or a comma in it is that of a decimal number: "1.234" may as well be a thousand.
 DECIMAL = r"[+-]?(?:(?:0\d*|\d{4,})[.,]\d*|\d*[.,](?:\d{0,2}|\d{4,}))(?:[eE][+-]?\d+)?"
-# "512 Hz", "1 kHz", "(Hz): 512.5", but not the end of a band ("0.05-150 Hz") nor "1.000 Hz".
-RATE = r"(?<![\d~-])(?<!\d[.,])(\d+(?:[.,]\d\d?)?)"
+# "512 Hz", "1 kHz", "(Hz): 512.5", but not the end of a band ("0.05-150 Hz") nor "1.000 Hz", which
+# may be a thousand; "512.844" cannot be half a million.
+RATE = r"(?<![\d~-])(?<!\d[.,])(\d+(?:[.,]\d\d?)?|(?!100)[1-9]\d\d[.,]\d{3})"
 FREQUENCY = re.compile(rf"{RATE} ?(k?)(?:hz|hertz)\b|\bhz\W{{1,5}}{RATE}(?![\d.,])", re.I)
 # A line of a header that states the limit of a filter, or the mains.
 FILTER = re.compile(r"filt|pass|band|cut-?off|mains|\b[lh]p\b", re.I)
@@ -188,8 +198,9 @@ def read_text(path: Path, leads, unit: str | None, column: str | None):
     A table has one line of names (below it may be one of units), or no names and one column; a
     watch's export has lines "key,value" and then one sample a line. Cells stand between tabs,
     semicolons, commas or blanks, and a comma is a decimal comma where it separates none.
-    Column: the one with the lead's exact name, or the only one. Unit: that in its name, else that
-    in the header, else mV. Rate: by a column of times, else the one frequency in the header.
+    Column: the one with the lead's exact name; or the only one, if it has no name and the header
+    states no other lead. Unit: that in its name, else that in the header, else mV. Rate: by a
+    column of times, else the one frequency in the header.
     """
     pandas = selfmis.import_optional("pandas", "reading a table in text")
     lines = read_lines(path)
@@ -446,14 +457,25 @@ def check_recording(ecg: np.ndarray, sample_rate_hz: float, leads) -> list[str]:
             sentences.append(f"is noisy: {1000 * noise:.0f} uV of noise in {span:.2f} mV")
         if lead == "I" and len(x) > sample_rate_hz:
             level = without_wander(x, sample_rate_hz)
-            if not sentences and beats_differ(level):  # what is wrong already makes them differ
-                reason = "they differ more than they are large"
-                sentences.append(f"is noisy or has beats of two kinds: {reason}; record it again")
+            if not sentences:  # what is wrong already makes beats differ, and hides some
+                sentences = check_beats(level)
             if points_down(level):  # other leads do in healthy people
                 remedy = "the arm electrodes may be swapped, or a watch worn on the other wrist"
                 sentences.append(f"points down: {remedy}")
         warnings += [f"lead {lead} {sentence}" for sentence in sentences]
     return warnings
+
+
+def check_beats(x: np.ndarray) -> list[str]:
+    """Noise, or a wrong sample rate; x: (T,) at 100 Hz, without wander."""
+    if beats_differ(x):
+        reason = "they differ more than they are large"
+        return [f"is noisy or has beats of two kinds: {reason}; record it again"]
+    rate = beats_a_minute(x)
+    if rate is not None and not 40 <= rate <= 130:
+        question = "is the sample rate right? compare with what the device shows"
+        return [f"has {rate:.0f} beats a minute: {question}"]
+    return []
 
 
 def check_amplitude(x: np.ndarray, sample_rate_hz: float) -> list[str]:
@@ -500,16 +522,26 @@ def without_wander(x: np.ndarray, sample_rate_hz: float) -> np.ndarray:
     return x - signal.medfilt(x, 61)
 
 
-def cut_beats(x: np.ndarray) -> np.ndarray:
-    """(T,) at 100 Hz -> (N, 70), from 250 ms before each R to 450 ms after it, 0 in the mean."""
+def find_r(x: np.ndarray) -> list[int]:
+    """(T,) at 100 Hz -> where the R waves are, by the slope."""
     signal = selfmis.import_optional("scipy.signal", "checking a recording")
     slope = smooth(np.gradient(x) ** 2, 11)
     parts = np.array_split(slope, max(1, len(x) // 200))  # of two seconds or more: each has a beat
     highest = np.median([part.max() for part in parts])  # one of five may be an artefact
     peaks, _ = signal.find_peaks(slope, height=highest / 4, distance=25)  # half as steep
     starts = np.maximum(0, peaks - 8)
-    r = [start + np.abs(x[start : start + 16]).argmax() for start in starts]
-    beats = [x[i - 25 : i + 45] for i in r if 25 <= i <= len(x) - 45]
+    return [int(start + np.abs(x[start : start + 16]).argmax()) for start in starts]
+
+
+def beats_a_minute(x: np.ndarray) -> float | None:
+    """By the median step from R to R; None below three beats; x: (T,) at 100 Hz."""
+    r = find_r(x)
+    return None if len(r) < 3 else 6000 / float(np.median(np.diff(r)))
+
+
+def cut_beats(x: np.ndarray) -> np.ndarray:
+    """(T,) at 100 Hz -> (N, 70), from 250 ms before each R to 450 ms after it, 0 in the mean."""
+    beats = [x[i - 25 : i + 45] for i in find_r(x) if 25 <= i <= len(x) - 45]
     beats = np.reshape(beats, (-1, 70))
     return beats - beats.mean(1, keepdims=True)
 

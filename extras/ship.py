@@ -38,12 +38,11 @@ def normal_recordings(folder: Path) -> list[tuple[np.ndarray, float]]:
     return devices.read_filled(records, normal)
 
 
-def handheld_rate(probe: Path, recordings: list[tuple[np.ndarray, float]]) -> str:
-    """How often a detector calls a normal rhythm on a hand-held device positive, in words."""
+def handheld_rate(probe: Path, recordings: list[tuple[np.ndarray, float]]) -> dict:
+    """How often a detector calls a normal rhythm on a hand-held device positive."""
     answers = devices.verdicts(probe, recordings)
-    count = f"{np.isfinite(answers).sum():,} recordings of a normal rhythm"
-    share = f"{np.nanmean(answers):.0%}"
-    return f"at a specificity of 90 %, {share} of {count} by a hand-held device were positive"
+    known = np.isfinite(answers)
+    return dict(recordings=int(known.sum()), positive=float(answers[known].mean()))
 
 
 def ship(flags: argparse.Namespace) -> None:
@@ -58,7 +57,8 @@ def ship(flags: argparse.Namespace) -> None:
     selfmis.save(halved, halve(content))
     content["handheld"] = handheld_rate(halved, recordings)
     selfmis.save(WEIGHTS, halve(content))
-    print(f"{WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.2f} MB; {content['handheld']}")
+    size = f"{WEIGHTS.stat().st_size / 1e6:.2f} MB"
+    print(f"{WEIGHTS}: {size}; of a hand-held device's normal rhythms {content['handheld']}")
 
 
 def main(argv=None) -> None:

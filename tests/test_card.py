@@ -43,7 +43,7 @@ def test_the_card_of_a_probe_says_what_is_stored(tmp_path, capsys):
         entry = content["results"]["types"][t]
         shown = {"PMI": "2 positives  0.750", "LMI": "0 positives  absent"}
         assert lines[t].endswith(shown.get(t, "30 positives  0.800 (0.700 to 0.900)")), entry
-    verdict = extras.card.operating_point(content["validation"])
+    verdict = extras.card.operating_point(content)
     alarms = f"false alarms: {verdict['false_alarms_normal']:.0%} of its 200 normal and"
     assert f"verdict: finds {verdict['sensitivity']:.0%} of the" in text and alarms in text
 

@@ -129,6 +129,17 @@ def test_missing_samples_are_bridged_or_take_the_median(probes):
         np.testing.assert_allclose(found, want, atol=1e-3)
 
 
+def test_windows_that_hold_no_ecg_are_left_out_and_a_spike_hides_none(probes):
+    detector = load_detector(probes["one"])
+    x = made_up(1, seconds=30, seed=4)[0][0, :1].astype(float)
+    x[:, 2000:] = 0.002 * np.random.default_rng(0).standard_normal(1000)  # nobody touches it
+    assert list(detector(x, 100).values()) == list(detector(x[:, :2000], 100).values())
+    (sentence,) = extras.detect.length_warnings(30, len(detector.windows(x, 100)))
+    assert sentence.endswith("the answer is the mean of 2 such windows, the other 1 hold no ECG")
+    x[:, 2500] = 100
+    assert len(detector.windows(x[:, :2000], 100)) == 2 == len(detector.windows(x, 100))
+
+
 @pytest.mark.parametrize("seconds", [11, 14, 20, 24, 27])
 def test_every_second_of_a_recording_counts(probes, seconds):
     detector, x = load_detector(probes["one"]), made_up(1, seconds=seconds, seed=4)[0][0, 0]
@@ -146,6 +157,13 @@ def test_a_batch_equals_one_by_one(probes, name):
     x = made_up(5, rate=250, seconds=17, seed=6)[0][:, rows_of(detector.leads)]
     together = detector(x, 250)
     assert all(p.shape == (5,) for p in together.values()) and np.ptp(together["IMI"]) > 0.02
+    x[2] = 0.3
+    flat = detector(x, 250)
+    for t in MI_TYPES:
+        assert np.isnan(flat[t][2])  # of one recording it is an error
+        np.testing.assert_allclose(np.delete(flat[t], 2), np.delete(together[t], 2), atol=1e-6)
+    x = np.delete(x, 2, 0)
+    together = {t: np.delete(p, 2) for t, p in together.items()}
     for i, ecg in enumerate(x):
         alone = list(detector(ecg, 250).values())
         np.testing.assert_allclose([together[t][i] for t in MI_TYPES], alone, atol=1e-5)
@@ -216,6 +234,11 @@ def test_a_wrong_probe_file_is_one_sentence(tmp_path, probes, tiny, record, caps
 # --- one verdict ---
 
 
+def of(fold):
+    """What `operating_point` reads of a probe with this validation fold."""
+    return {"validation": fold, "lead": "I"}
+
+
 @pytest.mark.parametrize("specificity", [0.5, 0.8, 0.9, 0.95, 0.99])
 def test_the_threshold_against_all_thresholds(specificity):
     """Tied scores: of all thresholds that keep the promise on the fold, the most sensitive one."""
@@ -224,7 +247,7 @@ def test_the_threshold_against_all_thresholds(specificity):
         n = int(rng.integers(60, 200))
         kind = rng.integers(0, 3, n)
         score = np.float32(rng.integers(0, [3, 10, 100, 10**6][trial % 4], n) + kind) / 7
-        point = operating_point(validation_fold(score, kind == 0, kind == 1), specificity)
+        point = operating_point(of(validation_fold(score, kind == 0, kind == 1)), specificity)
         infarct, normal, other = (score[kind == k].astype(float) for k in range(3))
         tried = [float(t) for t in set(score.tolist())] + [score.max() + 1.0]
         kept = [t for t in tried if (normal >= t).sum() <= (1 - specificity) * len(normal) + 1e-9]
@@ -243,11 +266,11 @@ def test_ties_do_not_raise_the_false_alarms():
     """Half of the normal records have the same score: they are all below the threshold."""
     score = np.r_[np.full(20, 0.9), np.full(50, 0.3), np.linspace(0, 0.2, 50)]
     infarct = np.arange(120) < 20
-    point = operating_point(validation_fold(score, infarct, ~infarct), 0.9)
+    point = operating_point(of(validation_fold(score, infarct, ~infarct)), 0.9)
     assert 0.3 < point["threshold"] < 0.9
     assert (point["sensitivity"], point["false_alarms_normal"]) == (1, 0)
     assert point["false_alarms_other"] is None
-    same = operating_point(validation_fold(np.full(120, 0.5), infarct, ~infarct), 0.9)
+    same = operating_point(of(validation_fold(np.full(120, 0.5), infarct, ~infarct)), 0.9)
     assert same["threshold"] > 0.5 and same["sensitivity"] == 0
     assert same["predictive_value"] is None
 
@@ -270,7 +293,7 @@ def test_false_alarms_on_held_out_normals_are_what_is_promised(specificity):
         infarct = 1 - (1 - rng.beta(1, 12, (100, 9))).prod(1)
         kind = np.arange(400) < 100
         fold = validation_fold(np.r_[infarct, normal[:300]], kind, ~kind)
-        threshold = operating_point(fold, specificity)["threshold"]
+        threshold = operating_point(of(fold), specificity)["threshold"]
         alarms = (normal[300:] >= threshold).sum()
         assert promised(alarms, 2000, 300, specificity)
         rates.append(alarms / 2000)
@@ -301,7 +324,7 @@ def test_false_alarms_on_real_held_out_normals(tmp_path, probes, capsys):
     probe = changed(
         probes["one"], tmp_path / "p.pt", validation=validation_fold(scores(nine), *kinds)
     )
-    point = operating_point(torch.load(probe, weights_only=True)["validation"])
+    point = operating_point(torch.load(probe, weights_only=True))
     alarms = int((scores(others) >= point["threshold"]).sum())
     assert promised(alarms, len(others), int(kinds[1].sum()), 0.9)
     files = [records.name(i) for i in others[:20]]
@@ -313,12 +336,12 @@ def test_false_alarms_on_real_held_out_normals(tmp_path, probes, capsys):
 
 
 def test_the_answer_ranks_the_types_and_says_how_usual_they_are():
-    content = {"classes": list(STATEMENTS), "validation": usual_fold()}
+    content = {"classes": list(STATEMENTS)} | of(usual_fold())
     content["positives"] = torch.zeros(44, dtype=int)
     for name, n in (("IMI", 90), ("ASMI", 36), ("PMI", 2)):
         content["positives"][STATEMENTS.index(name)] = n
     p = dict.fromkeys(MI_TYPES, 0.01) | {"ASMI": 0.3, "IMI": 0.5, "PMI": 0.1}
-    point = operating_point(content["validation"])
+    point = operating_point(content)
     answer = make_answer(p, content, point)
     assert list(answer["types"])[:3] == ["IMI", "ASMI", "PMI"]
     assert answer["types"]["IMI"] == pytest.approx(
@@ -371,7 +394,9 @@ def test_what_is_printed_is_what_stands_in_json(probes, record, capsys):
     out = detect(capsys, probes["one"], record)[1]
     assert (entry["seconds"], entry["sample_rate_hz"], entry["leads"]) == (20, 500, ["I"])
     verdict = entry["any_infarct"]
-    assert f"(score {verdict['score']:.3f}, " in out and "20.0 s at 500 Hz, lead I" in out
+    rate = entry["beats_a_minute"]
+    assert 40 < rate < 130 and f"20.0 s at 500 Hz, {rate:.0f} beats a minute, lead I" in out
+    assert f"(score {verdict['score']:.3f}, " in out
     assert f"finds {verdict['sensitivity']:.0%} of the validation fold's 100 infarcts" in out
     assert f"{verdict['false_alarms_other']:.0%} of its 60 other abnormal records" in out
     assert "where 3.0% have an infarct and all others a normal ECG" in out
@@ -447,7 +472,8 @@ def test_warnings_are_printed_and_in_json(tmp_path, probes, source, capsys):
     found = answers(capsys, probes["one"], tmp_path, "--sample-rate", "500")
     out = detect(capsys, probes["one"], tmp_path, "--sample-rate", "500")[1]
     for name, word in (("down", "points down"), ("volts", "--unit")):
-        (text,) = found[str(tmp_path / f"{name}.npy")]["warnings"]
+        text, length = found[str(tmp_path / f"{name}.npy")]["warnings"]
+        assert "20.0 s, and the rates were measured on 10 s: the answer is the mean of 2" in length
         assert word in text and f"warning: {text}\n" in out
 
 
@@ -702,7 +728,8 @@ def test_the_page_shows_the_strip_in_scale_the_verdict_and_the_types(
     lines = verdict.get_text().splitlines()
     words = extras.detect.verdict_lines(entry["any_infarct"])
     # What trained the detector stands on the page that is shown around.
-    assert " ".join(lines) == " ".join([*words, text.splitlines()[0]])
+    (length,) = entry["warnings"]
+    assert " ".join(lines) == " ".join([*words, text.splitlines()[0], f"warning: {length}"])
     assert "false alarms: " in verdict.get_text()
 
 
@@ -733,7 +760,7 @@ def test_the_shipped_detector_fits_on_its_page_and_says_that_four_seconds_are_fe
     ((figure, _),) = pages
     (verdict,) = figure.texts
     assert verdict.get_window_extent().x1 < figure.get_window_extent().x1
-    assert "by a hand-held device were positive" in " ".join(verdict.get_text().split())
+    assert "on a hand-held device were positive" in " ".join(verdict.get_text().split())
 
 
 def test_what_is_known_of_the_data_is_said_once():
@@ -821,10 +848,20 @@ def test_a_detector_gives_what_the_probe_predicted(trained, capsys):
 
 def test_every_verdict_says_on_which_recorders_its_rates_hold(probes):
     content = torch.load(probes["one"], weights_only=True)
-    point = operating_point(content["validation"])
-    verdict = make_answer(dict.fromkeys(MI_TYPES, 0.1), content, point)["any_infarct"]
-    last = verdict_lines(verdict)[-1]
-    assert last == f"{extras.detect.RATES}; {extras.detect.HANDHELD}"
-    measured = content | {"handheld": "of 9 rhythms 7 % are positive"}
-    verdict = make_answer(dict.fromkeys(MI_TYPES, 0.1), measured, point)["any_infarct"]
-    assert verdict_lines(verdict)[-1] == f"{extras.detect.RATES}; {measured['handheld']}"
+
+    def last_line(content, **flags):
+        point = operating_point(content, **flags)
+        verdict = make_answer(dict.fromkeys(MI_TYPES, 0.1), content, point)["any_infarct"]
+        return verdict_lines(verdict)[-1]
+
+    here = "measured on recorders like the validation fold's"
+    where = "not on a hand-held device, where false alarms are several times as frequent"
+    assert last_line(content) == f"{here}, {where}"
+    assert last_line(content | {"lead": "all"}) == here
+    content["handheld"] = {"recordings": 5000, "positive": 0.4}
+    found = operating_point(content)["sensitivity"]
+    value = found * 0.2 / (found * 0.2 + 0.4 * 0.8)
+    counted = "at 90% specificity 40% of 5,000 normal rhythms on a hand-held device were positive"
+    right = f"so that there {value:.0%} of positive answers would be right"
+    assert last_line(content, prevalence=0.2) == f"{here}; {counted}, {right}"
+    assert last_line(content, specificity=0.8) == f"{here}; {counted}"

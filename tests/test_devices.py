@@ -82,7 +82,7 @@ def test_alarms_are_those_of_the_detector_by_label_and_direction(
     assert float(warned[0].split("|")[3].strip(" %")) >= 80  # they point down
     lines = [line for line in text.splitlines() if line.startswith("| ours")]
     detector = devices.load_detector(probe)
-    threshold = devices.operating_point(detector.content["validation"])["threshold"]
+    threshold = devices.operating_point(detector.content)["threshold"]
     count = 0
     for i in range(20):
         ecg, rate_hz = selfmis.read_wfdb(device / f"R{i:02}", ("I",))
@@ -127,7 +127,7 @@ def test_alarms_of_a_fold_behind_filters(ptbxl, tmp_path, capsys):
     detector = devices.load_detector(probe)
     records = selfmis.find_records(str(ptbxl), sample_rate_hz=100)
     records = records[records.folds == 9]
-    threshold = devices.operating_point(detector.content["validation"])["threshold"]
+    threshold = devices.operating_point(detector.content)["threshold"]
     for line, sign in ((lines[0], 1), (lines[6], -1)):
         scores = []
         for i in range(len(records)):

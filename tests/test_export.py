@@ -72,7 +72,7 @@ def test_an_exported_detector_agrees_with_the_detector(tmp_path, probes, name, e
     assert about["limits"] == DISCLAIMER
     verdict = strict_json(about["any_infarct"])
     assert verdict.pop("score") == "1 - product of (1 - probability)"
-    assert verdict == operating_point(detector.content["validation"])
+    assert verdict == operating_point(detector.content)
     assert verdict["specificity"] == 0.9 and verdict["false_alarms_normal"] <= 0.1
     assert strict_json(about["probe"]) == describe_probe(detector.content)
 

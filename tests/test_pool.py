@@ -303,7 +303,7 @@ def test_unfinished_runs_are_refused(copies, missing, damage):
 
 def test_a_folder_that_is_there_is_never_written_into(copies, tmp_path):
     before = {path: path.read_bytes() for folder in copies for path in folder.iterdir()}
-    refused(copies, "--out .*run1: File exists", "--out", str(copies[0]))
+    refused(copies, "--out .*run1: is not empty; give a new folder", "--out", str(copies[0]))
     (tmp_path / "file").write_text("mine")
     refused(copies, "--out .*file: File exists", "--out", str(tmp_path / "file"))
     refused(copies, "--out .*file/new: Not a directory", "--out", str(tmp_path / "file/new"))

@@ -5,6 +5,7 @@ With SELFMIS_PTBXL=/path/to/ptb-xl the checks are also measured on real records.
 
 import datetime
 import os
+import re
 import struct
 
 import numpy as np
@@ -13,8 +14,8 @@ from conftest import MIMIC_ORDER, made_up, write_record
 from probes import NINE, rows_of
 
 import selfmis
-from extras.recordings import beats_differ, check_recording, cut_beats, fill_gaps
-from extras.recordings import read_recording
+from extras.recordings import beats_a_minute, beats_differ, check_recording, cut_beats, fill_gaps
+from extras.recordings import read_recording, without_wander
 from extras.synthetic import synthesize
 from selfmis import LEADS, STATEMENTS, UsageError
 
@@ -125,7 +126,9 @@ def test_every_format_is_read_in_millivolts_at_its_own_rate(formats, source):
 def test_another_column_by_name_and_by_number(formats, source):
     (path,) = [path for path in formats[0] if path.name == "tab.tsv"]
     for column in ("ECG II [uV]", "ECG II", "2"):
-        ecg, rate, _ = read_recording(path, ("I",), column=column)
+        ecg, rate, warnings = read_recording(path, ("I",), column=column)
+        sentence = "column ECG II is taken for lead I, which trained the detector"
+        assert warnings == [sentence] * (column == "ECG II")
         np.testing.assert_allclose(ecg[0], source[0, 1], atol=1e-3)
         assert rate == 500
     for column in ("3", "0", "ECG", "-1"):
@@ -192,6 +195,8 @@ def test_arrays_of_every_shape_and_unit(tmp_path, source):
         ("Messrate,512 Hertz", 512),
         ("Örnekleme Hızı,512 hertz", 512),
         ("Low pass: 100 Hz\nSample Rate,500 Hz", 500),
+        ("Sample Rate,512.844 hertz", 512.844),  # a watch of 2020; it cannot be half a million
+        ("Abtastrate;512,844 Hz", 512.844),
         ("Filter: 0.05 - 100 Hz\nNotch filter at 100 Hz\nAbtastrate: 250 Hz", 250),
     ],
 )
@@ -226,7 +231,7 @@ def test_the_one_frequency_in_a_header(tmp_path, lead_one, header, rate):
         # Not in the contract any more: a rate without its unit, a number that may be thousands.
         "Sampling frequency: 250",
         "fs=360",
-        "Rate: 512,000 Hz",
+        "Rate: 100,000 Hz",
         "Abtastrate: 1.000 Hz",
     ],
 )
@@ -644,7 +649,7 @@ def test_short_gaps_are_bridged_and_long_ones_take_the_median(tmp_path, lead_one
         kept = np.isfinite(holes)
         np.testing.assert_array_equal(ecg[0, kept], x[kept])
         (warning,) = warnings
-        assert warning.startswith("50 of 3,000 samples are missing in gaps of 0.1 s or longer")
+        assert warning.startswith("100 of 3,000 samples are missing, 50 of them in gaps of 0.1 s")
     np.save(tmp_path / "x.npy", np.full(3000, np.nan))
     assert "no sample is a number" in refusal(tmp_path / "x.npy", sample_rate_hz=500)
 
@@ -817,7 +822,11 @@ def test_case_single_missing_samples(tmp_path):
     ecg, _, warnings = read_recording(path, ("I",))
     want = np.interp(np.arange(len(x)), np.flatnonzero(~gone), x[~gone])
     np.testing.assert_allclose(ecg[0], want)
-    assert warnings == []
+    (warning,) = warnings
+    assert warning.startswith("107 of 750 samples are missing, 0 of them in gaps")
+    cells = [f"{v:.3f}" if i % 50 else "" for i, v in enumerate(x)]  # few are not worth a word
+    path = write_lines(tmp_path / "f.csv", "Sample rate: 125 Hz", "I [mV]", *cells)
+    assert read_recording(path, ("I",))[2] == []
 
 
 def test_case_words_in_the_column(tmp_path):
@@ -922,6 +931,18 @@ def test_each_defect_has_its_warning_and_a_sound_recording_none(rate):
             assert any(word in text for text in found), (name, found)
             assert all("lead I " in text for text in found)
             assert len(found) == 1 or word == "noisy", (name, found)
+
+
+@pytest.mark.parametrize("rate", [100, 250, 500])
+def test_the_heart_rate_and_a_wrong_sample_rate(rate):
+    x = beat_train(rate, 10)  # 72 beats a minute
+    assert beats_a_minute(without_wander(x, rate)) == pytest.approx(72, abs=1)
+    assert check_recording(x[None], rate, ("I",)) == []
+    for wrong in (0.5, 2):
+        (sentence,) = check_recording(x[None], wrong * rate, ("I",))
+        found = int(re.search(r"has (\d+) beats a minute: is the sample rate right", sentence)[1])
+        assert found == pytest.approx(72 * wrong, abs=2)
+    assert beats_a_minute(x[:rate]) is None
 
 
 def test_an_irregular_rhythm_is_no_noise_and_two_beats_tell_nothing():

@@ -50,7 +50,7 @@ class Crops(Method):
 
 
 def random_half(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-    """Scored records (B, L, T) -> five seconds of each at another gain, (B, L, T // 2)."""
+    """Records (B, L, T) -> five seconds of each at another gain, (B, L, T // 2)."""
     gain = torch.exp(GAIN * torch.randn(len(x), 1, 1, generator=draw))
     return random_segment(x, draw) * gain.to(x)
 
