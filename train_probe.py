@@ -623,9 +623,14 @@ def at_full_labels(heads: list[TrainedHead]) -> list[TrainedHead]:
     return [head for head in heads if head.fraction == most]
 
 
+def contenders(heads: list[TrainedHead]) -> list[TrainedHead]:
+    """Those among which the validation fold chooses: not the baseline's."""
+    return [head for head in at_full_labels(heads) if not head.name.endswith(BASELINE)]
+
+
 def better_head_first(heads: list[TrainedHead], y_val: np.ndarray) -> list[TrainedHead]:
     """The head with the best validation AUC first: it detects, and the table begins with it."""
-    own = [head for head in at_full_labels(heads) if not head.name.endswith(BASELINE)]
+    own = contenders(heads)
     aucs = [selfmis.macro_auc(y_val, head.val_logits)[0] for head in own]
     best = own[int(np.argmax(aucs))]
     same = [head for head in heads if head.name == best.name and head is not best]
@@ -822,8 +827,7 @@ def write_results(config, out, heads, records, split, results, spec) -> None:
     selfmis.write_atomically(out / "results.md", text.encode())
     selfmis.write_json(out / "results.json", results)
     print(f"\n{title}\n{table}")
-    contenders = [head for head in at_full_labels(heads) if not head.name.endswith(BASELINE)]
-    if len(contenders) > 1:
+    if len(contenders(heads)) > 1:
         chosen = f"{heads[0].name} head of seed {heads[0].seed}"
         print(f"probe.pt holds the {chosen}, the best one on the validation fold")
     print(f"{results['minutes']:.1f} min; written to {out}", flush=True)
