@@ -176,7 +176,7 @@ def load_detector(path=WEIGHTS) -> Detector:
 # ----------------------------------------------------------------------------------------------
 
 
-def infarct_score(probabilities: dict):
+def infarct_probability(probabilities: dict):
     """How probable any infarct is, were the types independent; {type: p} -> of the shape of p."""
     return 1 - np.prod([1 - np.asarray(p) for p in probabilities.values()], axis=0)
 
@@ -241,7 +241,7 @@ def where_rates_hold(content: dict, found: float, specificity: float, prevalence
 
 def make_answer(probabilities: dict, content: dict, point: dict) -> dict:
     """One verdict, and the types from the most to the least probable, as JSON says them."""
-    score = float(infarct_score(probabilities))
+    score = float(infarct_probability(probabilities))
     positive = None
     if point["threshold"] is not None:
         positive = score >= point["threshold"]

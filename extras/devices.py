@@ -35,7 +35,7 @@ import torch
 import selfmis
 import train_probe
 from extras import command_parser, run_action
-from extras.detect import Detector, infarct_score, load_detector, operating_point
+from extras.detect import Detector, infarct_probability, load_detector, operating_point
 from extras.evidence import print_table
 from extras.recorders import high_pass, low_pass
 from extras.recordings import check_recording, fill_gaps
@@ -252,7 +252,7 @@ def verdicts(path, signals: list[tuple[np.ndarray, float]]) -> np.ndarray:
     """(N,) 1 where the detector of a probe.pt calls "any infarct", 0 where not, NaN if flat."""
     detector, point = open_detector(path)
     # Each as one of several, so that a flat one is no error.
-    scores = [infarct_score(detector(ecg[None], rate_hz)) for ecg, rate_hz in signals]
+    scores = [infarct_probability(detector(ecg[None], rate_hz)) for ecg, rate_hz in signals]
     scores = np.concatenate(scores)
     return np.where(np.isnan(scores), np.nan, scores >= point["threshold"])
 
@@ -344,7 +344,7 @@ def positives_behind(path: str, flags: argparse.Namespace) -> dict[str, np.ndarr
         shown[f"its first {seconds} s"] = [ecg[:, : round(seconds * rate_hz)] for ecg in ecgs]
     found = {}
     for name, records in shown.items():
-        scores = infarct_score(detector(np.stack(records), rate_hz))
+        scores = infarct_probability(detector(np.stack(records), rate_hz))
         found[name] = scores >= point["threshold"]
     return found
 
