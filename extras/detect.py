@@ -420,7 +420,7 @@ def answer_recording(detector: Detector, probe: dict, point: dict, path: Path, f
     entry["warnings"] += length_warnings(seconds, len(detector.windows(ecg, rate)))
     entry |= make_answer(probabilities, detector.content, point)
     if flags.picture:
-        title = f"{path.stem}, lead {detector.leads[0]}"
+        title = f"{path.stem}, {describe_rhythm(entry)}"
         about = probe_lines(probe) + [f"warning: {warning}" for warning in entry["warnings"]]
         draw_page(flags.picture, ecg[0], rate, title, entry, about)
         entry["picture"] = flags.picture
@@ -441,12 +441,17 @@ def length_warnings(seconds: float, windows: int) -> list[str]:
     return [text]
 
 
+def describe_rhythm(entry: dict) -> str:
+    """The leads, and the heart rate, which a person can compare with what the device shows."""
+    rate = entry["beats_a_minute"]
+    beats = "" if rate is None else f", {rate:.0f} beats a minute"
+    return f"lead {' '.join(entry['leads'])}{beats}"
+
+
 def answer_lines(entry: dict) -> list[str]:
     """An answer in words."""
     what = f"{entry['seconds']:.1f} s at {entry['sample_rate_hz']:g} Hz"
-    if entry["beats_a_minute"] is not None:
-        what += f", {entry['beats_a_minute']:.0f} beats a minute"
-    lines = [f"{entry['file']}: {what}, lead {' '.join(entry['leads'])}"]
+    lines = [f"{entry['file']}: {what}, {describe_rhythm(entry)}"]
     lines += [f"warning: {warning}" for warning in entry["warnings"]]
     lines += [*verdict_lines(entry["any_infarct"]), f"types: {SHARE}"]
     lines += [f"  {name:<6} {type_words(each)}" for name, each in entry["types"].items()]

@@ -395,7 +395,7 @@ def test_what_is_printed_is_what_stands_in_json(probes, record, capsys):
     assert (entry["seconds"], entry["sample_rate_hz"], entry["leads"]) == (20, 500, ["I"])
     verdict = entry["any_infarct"]
     rate = entry["beats_a_minute"]
-    assert 40 < rate < 130 and f"20.0 s at 500 Hz, {rate:.0f} beats a minute, lead I" in out
+    assert 40 < rate < 130 and f"20.0 s at 500 Hz, lead I, {rate:.0f} beats a minute" in out
     assert f"(score {verdict['score']:.3f}, " in out
     assert f"finds {verdict['sensitivity']:.0%} of the validation fold's 100 infarcts" in out
     assert f"{verdict['false_alarms_other']:.0%} of its 60 other abnormal records" in out
