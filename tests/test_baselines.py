@@ -134,7 +134,7 @@ def test_the_halves_shown_by_self_cut():
 
 
 @pytest.mark.parametrize(
-    "more", [dict(leads=1), dict(encoder="resnet", self_cut=True)], ids=["leads 1", "self-cut"]
+    "more", [dict(leads=1), dict(network="resnet", self_cut=True)], ids=["leads 1", "self-cut"]
 )
 def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
     tmp_path, ptbxl, monkeypatch, capsys, more
@@ -177,10 +177,10 @@ def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
 @pytest.mark.parametrize(
     "name, more",
     [
-        ("simclr", dict(encoder="resnet", published=True)),
-        ("simclr", dict(encoder="resnet")),
-        ("three_kg", dict(encoder="resnet", published=True)),
-        ("three_kg", dict(encoder="resnet")),
+        ("simclr", dict(network="resnet", published=True)),
+        ("simclr", dict(network="resnet")),
+        ("three_kg", dict(network="resnet", published=True)),
+        ("three_kg", dict(network="resnet")),
         ("crops", dict(leads=1)),
         ("crops", dict(leads=12)),
         ("wav2vec2", dict(leads=1)),
@@ -230,7 +230,7 @@ def test_a_collapse_stops_before_anything_is_saved_and_again_on_resume(tmp_path,
         def check(self, metrics):
             raise UsageError("collapsed")
 
-    config = settings(tmp_path, ptbxl, encoder="resnet", epochs=1)
+    config = settings(tmp_path, ptbxl, network="resnet", epochs=1)
     for changed in (config, dataclasses.replace(config, resume=True)):
         with pytest.raises(UsageError, match="collapsed"):
             common.main(Collapsing, changed)

@@ -78,7 +78,7 @@ class BaselineConfig(Config):
 class ContrastiveConfig(BaselineConfig):
     """Flags of simclr, three_kg and clocs, whose views any network can embed."""
 
-    encoder: str = flag(
+    network: str = flag(
         "transformer",
         "as published, or this repository's ResNet1D: the objective apart from the network",
         choices=("transformer", "resnet"),
@@ -144,7 +144,7 @@ class ContrastiveMethod(Method):
 
     @staticmethod
     def make_encoder(config: ContrastiveConfig) -> nn.Module:
-        if config.encoder == "resnet":
+        if config.network == "resnet":
             size = "small" if config.size == "small" else "ecgfounder"
             return ResNet1D(config.leads, **SIZES[size])
         return Method.make_encoder(config)

@@ -30,7 +30,7 @@ SUPERVISED = f"train_probe.py --finetune --epochs 8 {BF16}"
 BUDGET = "--lr 1e-3 --warmup 50 --epochs 8 --amp bf16"
 ALIGN = f"train_pretrain.py {BUDGET}"
 START = "--loss softmax --multi @teacher-0 --single @clocs-resnet-1-#"
-RESNET = "--encoder resnet --lr 1e-3"
+RESNET = "--network resnet --lr 1e-3"
 CLOCS, SIMCLR, THREE_KG = (f"extras.baselines.{name}" for name in ("clocs", "simclr", "three_kg"))
 METHODS = ("simclr", "wav2vec2", "three_kg", "clocs", "w2v_cmsc", "st_mem", "heartlang")
 
