@@ -19,8 +19,8 @@ alarms:    how often a detector calls "any infarct" at its own threshold, by lab
            detect would warn; below that how often in the groups of its own validation fold.  N is
            a normal rhythm, not a healthy heart: the group without infarct compares best.
 band:      how often, of a fold of PTB-XL, behind a filter or under noise that a device may have
-           (but for the noise they are of the kinds that extras/recorders.py trains with), and of
-           the first seconds alone.
+           (but for the noise they are of the kinds that extras/recorders.py trains with), of the
+           first seconds alone, and where a wrong sample rate is given.
 retrieval: how often, among 200 records, lead I of one is nearest to its own twelve leads.
 """
 
@@ -336,17 +336,19 @@ def positives_behind(path: str, flags: argparse.Namespace) -> dict[str, np.ndarr
     detector, point = open_detector(path)
     rate_hz = detector.sample_rate_hz
     ecgs = read_all(flags.folder, flags.fold, ("I",), rate_hz)
-    shown = {}
+    scores = {}
     for name, parts in disturbances(ecgs[0].shape[1], rate_hz).items():
         draw = torch.Generator().manual_seed(0)
-        shown[name] = [disturb(ecg, *parts, draw) for ecg in ecgs]
+        disturbed = np.stack([disturb(ecg, *parts, draw) for ecg in ecgs])
+        scores[name] = infarct_probability(detector(disturbed, rate_hz))
+    whole = np.stack(ecgs)
     for seconds in (6, 4):
-        shown[f"its first {seconds} s"] = [ecg[:, : round(seconds * rate_hz)] for ecg in ecgs]
-    found = {}
-    for name, records in shown.items():
-        scores = infarct_probability(detector(np.stack(records), rate_hz))
-        found[name] = scores >= point["threshold"]
-    return found
+        first = whole[:, :, : round(seconds * rate_hz)]
+        scores[f"its first {seconds} s"] = infarct_probability(detector(first, rate_hz))
+    for name, factor in (("half", 0.5), ("twice", 2)):
+        wrong = infarct_probability(detector(whole, factor * rate_hz))
+        scores[f"a rate of {name} the true one"] = wrong
+    return {name: score >= point["threshold"] for name, score in scores.items()}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -139,9 +139,12 @@ def test_alarms_of_a_fold_behind_filters(ptbxl, tmp_path, capsys):
         assert line.split("|")[4].strip() == f"{share:.1%}"
     assert "upside down" in lines[6]
     assert "first 6 s" in lines[9] and "first 4 s" in lines[10]
-    alone = [detector(records.read(i, ("I",), 100)[:, :400], 100) for i in range(len(records))]
-    positive = np.array([1 - np.prod([1 - p for p in one.values()]) >= threshold for one in alone])
-    assert lines[10].split("|")[4].strip() == f"{positive[infarct].mean():.1%}"
+    assert "half the true one" in lines[11] and "twice the true one" in lines[12]
+    for line, seconds, rate in ((lines[10], 4, 100), (lines[11], 10, 50), (lines[12], 10, 200)):
+        cut = [records.read(i, ("I",), 100)[:, : 100 * seconds] for i in range(len(records))]
+        scores = [1 - np.prod([1 - p for p in detector(x, rate).values()]) for x in cut]
+        share = np.mean(np.array(scores)[infarct] >= threshold)
+        assert line.split("|")[4].strip() == f"{share:.1%}"
 
 
 def test_names_of_rows():
