@@ -1,14 +1,16 @@
-"""train_pretrain.py, whose student sees its lead as a simple recorder would have passed it.
+"""train_pretrain.py, whose student sees halves of its lead as a simple recorder would pass them.
 
-    python -m extras.recorders --data ptb-xl --multi runs/teacher/best.pt --out runs/recorders
+    python -m extras.recorders --data ptb-xl --multi runs/teacher/best.pt --epochs 16 \\
+        --out runs/recorders
 
 What a person holds in two hands passes less than a hospital's machine: capacitors at its inputs
 are a causal high-pass of up to a hertz, which bends the ST segment and the T wave; it passes little
 above 20 to 40 Hz, which rounds the QRS complex; hands move, which lets the baseline wander, or are
 swapped, which turns it upside down.  To a detector that has never seen this, all four look like
 infarcts (RESULTS.md, "Other devices"); muscle noise does not.  So here every record passes another
-random recorder in every epoch (`record_simply`), while the teacher sees it as it is.  All flags are
-train_pretrain.py's.
+random recorder in every epoch (`record_simply`), and five seconds of it are seen at another gain
+(as in halves.py, which alone makes fewer false alarms too), while the teacher sees all as it is.
+All flags are train_pretrain.py's.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ import torch
 import selfmis
 import train_pretrain
 from extras.baselines.common import random_stream, zscore
+from extras.baselines.crops import random_half
 from selfmis import UsageError, flag
 from train_pretrain import PretrainConfig, Training
 
@@ -43,7 +46,7 @@ class RecorderTraining(Training):
     Validation does not: its loss is that of the records as they are, and chooses best.pt.
     """
 
-    kind = "pretrain through simple recorders"
+    kind = "pretrain on halves through simple recorders"
 
     def __post_init__(self) -> None:
         expected = dict(normalize="zscore", filter="none")
@@ -56,8 +59,8 @@ class RecorderTraining(Training):
 
     def step_loss(self, rows, signals, targets) -> torch.Tensor:
         draw = random_stream(self.config.seed, self.epoch, self.step, self.ranks.rank)
-        passed = record_simply(signals, self.spec.sample_rate_hz, draw)
-        return super().step_loss(rows, zscore(passed), targets)
+        passed = zscore(record_simply(signals, self.spec.sample_rate_hz, draw))
+        return super().step_loss(rows, random_half(passed, draw), targets)
 
 
 def record_simply(x: torch.Tensor, sample_rate_hz: float, draw: torch.Generator) -> torch.Tensor:

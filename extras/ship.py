@@ -4,8 +4,8 @@
 
 Three runs of extras/baselines/table1.py, which are not repeated where they are there: a teacher of
 twelve leads with labels, an encoder of lead I by CLOCS without any, and that encoder aligned to the
-teacher through simple recorders; then a logistic head.  About an hour on one core.  The encoder is
-kept in 16 bits.  --handheld: WFDB records of a hand-held device with the labels that
+teacher on halves through simple recorders; then a logistic head.  About an hour on one core.  The
+encoder is kept in 16 bits.  --handheld: WFDB records of a hand-held device with the labels that
 extras/devices.py reads; how many of a normal rhythm are called positive stands in every answer.
 """
 

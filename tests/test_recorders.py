@@ -138,11 +138,14 @@ def test_it_trains_as_train_pretrain_does_but_on_other_views(tmp_path, monkeypat
 
     monkeypatch.setattr(recorders, "record_simply", spy)
     monkeypatch.setattr(recorders, "zscore", lambda x: x)
+    halved = []
+    monkeypatch.setattr(recorders, "random_half", lambda x, draw: halved.append(x) or x)
     own = recorders.main(config)
     plain = recorders.train_pretrain.main(
         recorders.PretrainConfig(out=str(tmp_path / "b"), **flags)
     )
-    assert len(passed) == 10 and passed[0].shape == (16, 1, 1000)
+    assert len(passed) == len(halved) == 10 and passed[0].shape == (16, 1, 1000)
+    assert all(map(torch.equal, passed, halved))  # first the recorder, then the half
     assert own["val_loss"] == plain["val_loss"]  # a recorder that changes nothing
     monkeypatch.undo()
     third = recorders.RecorderConfig(out=str(tmp_path / "c"), **flags)

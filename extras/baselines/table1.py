@@ -59,7 +59,7 @@ THEN = (  # what needs the weights of those
     ("paper-free-#", 3, f"{ALIGN} --loss paper --multi @clocs-resnet-12-0"),
     ("softmax-free-#", 3, f"{ALIGN} --loss softmax --multi @clocs-resnet-12-0"),
     ("softmax-start-#", 3, f"{ALIGN} {START}"),
-    ("recorders-#", 1, f"extras.recorders {BUDGET} {START}"),
+    ("recorders-#", 1, f"extras.recorders {BUDGET} --epochs 16 {START}"),
     ("halves-#", 3, f"extras.halves {BUDGET} --epochs 16 --loss softmax --multi @teacher-0"),
 )
 # Probed beside a random encoder of the same architecture.
@@ -155,7 +155,7 @@ ROWS = (
         with_seeds("softmax-start-#-probe"),
     ),
     Row(
-        "the same, through simple recorders", "both", "ResNet1D", "teacher's", ["recorders-0-probe"]
+        "the same, halves through recorders", "both", "ResNet1D", "teacher's", ["recorders-0-probe"]
     ),
     Row(
         "SelfMIS, Eq. (3), teacher from CLOCS",
