@@ -78,10 +78,11 @@ class Detector:
     ecg: mV at any rate, one recording (T,) or (L, T), or several of one length (N, L, T); L is 1,
     or 12 for a probe of all leads. Returns {type: probability}, floats or arrays (N,). More than
     10 s are covered by windows of 10 s, spread evenly (they overlap where the length is no
-    multiple); their probabilities are averaged, windows without an ECG left out. 2.5 to 10 s are
-    padded as in `preprocess`, and fewer infarcts are found in them (RESULTS.md, "Other devices");
-    what averaging does was not measured, since PTB-XL has 10 s of each record. Raises UsageError:
-    another shape or type, too short, flat throughout (among several: NaN).
+    multiple); their probabilities are averaged, windows without an ECG left out; what averaging
+    does was not measured, since PTB-XL has 10 s of each record. 2.5 to 10 s are seen as they are
+    (RESULTS.md, "Other devices": a few more false alarms), by networks other than ResNet1D padded
+    as in `preprocess`. Raises UsageError: another shape or type, too short, flat throughout (among
+    several: NaN).
 
     Attributes: leads, sample_rate_hz, preprocessing; content, the whole checkpoint.
     """
@@ -130,7 +131,7 @@ class Detector:
         return array.astype(np.float64)
 
     def windows(self, ecg: np.ndarray, rate_hz: float) -> np.ndarray:
-        """(L, T) -> (W, L, 10 s), those that hold an ECG, made ready for the encoder."""
+        """(L, T) -> (W, L, up to 10 s), those that hold an ECG, made ready for the encoder."""
         ecg, _ = fill_gaps(ecg, rate_hz)
         own_rate_hz = self.sample_rate_hz
         resampled = selfmis.resample(ecg, rate_hz, own_rate_hz)
@@ -138,6 +139,9 @@ class Detector:
         starts = (
             np.linspace(0, max(0, T - width), window_count(T / own_rate_hz)).round().astype(int)
         )
+        # Zeros behind a short recording would draw down the network's mean over time.
+        takes_any_length = isinstance(self.classifier.encoder, selfmis.ResNet1D)
+        seen = min(width, T) if takes_any_length else width
         # Looked at as recorded: beside an ECG, the filter of the new rate leaves a little of it.
         # By quantiles: one spike would hide the ECG of all other windows.
         spans = []
@@ -151,14 +155,16 @@ class Detector:
             if span > NO_ECG * max(spans):
                 one = resampled[:, start : start + width]
                 one = selfmis.preprocess(one, sample_rate_hz=own_rate_hz, **self.preprocessing)
-                ready.append(one)
-        return np.stack(ready) if ready else np.empty((0, len(ecg), width), np.float32)
+                ready.append(one[:, :seen])
+        return np.stack(ready) if ready else np.empty((0, len(ecg), seen), np.float32)
 
     @torch.no_grad()
     def probabilities(self, windows: np.ndarray) -> np.ndarray:
-        """(W, L, 10 s) -> (W, 9)."""
-        parts = torch.from_numpy(windows).split(64)  # 24 hours have 8,640 windows
-        return torch.cat([self.classifier(part) for part in parts]).numpy()
+        """(W, L, up to 10 s) -> (W, 9)."""
+        parts = [np.empty((0, len(MI_TYPES)))]
+        for i in range(0, len(windows), 64):  # 24 hours have 8,640 windows
+            parts.append(self.classifier(torch.from_numpy(windows[i : i + 64])).numpy())
+        return np.concatenate(parts)
 
 
 def window_count(seconds: float) -> int:
@@ -429,13 +435,12 @@ def answer_recording(detector: Detector, probe: dict, point: dict, path: Path, f
 
 def length_warnings(seconds: float, windows: int) -> list[str]:
     """What the length of a recording has to do with the rates; windows: those that hold an ECG."""
-    measured = f"the rates were measured on {SECONDS:.0f} s"
-    if seconds < SECONDS - 0.1:
-        return [f"{seconds:.1f} s, and {measured}: fewer infarcts are found in less"]
     count = window_count(seconds)
-    if count == 1:
+    if count == 1 and seconds > SECONDS - 0.1:
         return []
-    text = f"{seconds:.1f} s, and {measured}: the answer is the mean of {windows} such windows"
+    text = f"{seconds:.1f} s, and the rates were measured on {SECONDS:.0f} s"
+    if count > 1:
+        text += f": the answer is the mean of {windows} such windows"
     if windows < count:
         text += f", the other {count - windows} hold no ECG"
     return [text]
