@@ -80,7 +80,7 @@ class Detector:
     10 s are covered by windows of 10 s, spread evenly (they overlap where the length is no
     multiple); their probabilities are averaged, windows without an ECG left out; what averaging
     does was not measured, since PTB-XL has 10 s of each record. 2.5 to 10 s are seen as they are
-    (RESULTS.md, "Other devices": a few more false alarms), by networks other than ResNet1D padded
+    (RESULTS.md, "Other devices": four do as well as ten), by networks other than ResNet1D padded
     as in `preprocess`. Raises UsageError: another shape or type, too short, flat throughout (among
     several: NaN).
 
