@@ -17,9 +17,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-import selfmis
 import train_probe
 from extras import command_parser, evidence, run_action
 from extras.evidence import PROBE, shared_flags, with_seeds
@@ -174,34 +171,27 @@ ROWS = (
 )
 
 
-def on_validation_fold(out: Path, runs: list[str], head: str) -> str:
-    """The 44-mean there, by which a length would be chosen; mean over the runs that are there."""
-    means = []
-    for path in (out / run / "predictions.npz" for run in runs):
-        if path.exists():
-            with np.load(path) as saved:
-                labels = saved["validation_labels"]
-                for logits in saved[f"validation_logits_{head}"]:
-                    means.append(selfmis.macro_auc(labels, logits)[0])
-    return f"{np.mean(means):.3f}"
-
-
 def print_tables(out: Path) -> None:
     """A table for each head, of what is there."""
     for head in ("logistic", "adam"):
         lines = [["method", "sees", "network", "labels", "seeds", *evidence.MEANS.values()]]
-        lines[0] += ["44, validation", "six minus SelfMIS", "R@1", "its minutes", "nine, paper"]
+        lines[0] += ["six minus SelfMIS", "44, validation", "44 minus SelfMIS, validation"]
+        lines[0] += ["R@1", "its minutes", "nine, paper"]
         for row in ROWS:
             own = evidence.scores(out, tuple(row.runs), head + row.head)
             if own is None:
                 continue
             line = [row.method, row.sees, row.network, row.labels, len(own.sixes)]
             line += [own.cell(group) for group in evidence.MEANS]
-            line.append(on_validation_fold(out, row.runs, head + row.head))
-            other = None
+            # By the validation fold a recipe or a length would be chosen.
+            chosen_by = evidence.scores(out, tuple(row.runs), head + row.head, "validation_")
+            others = ()
             if row.runs != SELFMIS:
-                other = evidence.scores(out, tuple(SELFMIS[: len(own.sixes)]), head)
-            line.append(evidence.difference(own, other, "six"))
+                others = tuple(SELFMIS[: len(own.sixes)])
+            line.append(evidence.difference(own, evidence.scores(out, others, head), "six"))
+            line.append(f"{train_probe.group_means(chosen_by.auc)['diagnostic']:.3f}")
+            other = evidence.scores(out, others, head, "validation_")
+            line.append(evidence.difference(chosen_by, other, "diagnostic"))
             line += ["", ""] if row.head else evidence.training_cost(out, row.runs)
             lines.append([*line, row.paper])
         evidence.print_table(f"Table 1, {head} head", lines)
