@@ -136,27 +136,17 @@ class Detector:
         own_rate_hz = self.sample_rate_hz
         resampled = selfmis.resample(ecg, rate_hz, own_rate_hz)
         width, T = round(SECONDS * own_rate_hz), resampled.shape[1]
-        starts = (
-            np.linspace(0, max(0, T - width), window_count(T / own_rate_hz)).round().astype(int)
-        )
+        count = window_count(T / own_rate_hz)
+        starts = np.linspace(0, max(0, T - width), count).round().astype(int)
         # Zeros behind a short recording would draw down the network's mean over time.
         takes_any_length = isinstance(self.classifier.encoder, selfmis.ResNet1D)
         seen = min(width, T) if takes_any_length else width
-        # Looked at as recorded: beside an ECG, the filter of the new rate leaves a little of it.
-        # By quantiles: one spike would hide the ECG of all other windows.
-        spans = []
-        for start in starts:
-            first = round(start * rate_hz / own_rate_hz)
-            last = round((start + width) * rate_hz / own_rate_hz)
-            low, high = np.quantile(ecg[:, first:last], [0.005, 0.995], axis=1)  # (L,) each
-            spans.append((high - low).max())
-        ready = []
-        for start, span in zip(starts, spans, strict=True):
-            if span > NO_ECG * max(spans):
-                one = resampled[:, start : start + width]
-                one = selfmis.preprocess(one, sample_rate_hz=own_rate_hz, **self.preprocessing)
-                ready.append(one[:, :seen])
-        return np.stack(ready) if ready else np.empty((0, len(ecg), seen), np.float32)
+        ready = [np.empty((0, len(ecg), seen), np.float32)]
+        for start in starts[holds_ecg(ecg, starts * rate_hz / own_rate_hz, SECONDS * rate_hz)]:
+            one = resampled[:, start : start + width]
+            one = selfmis.preprocess(one, sample_rate_hz=own_rate_hz, **self.preprocessing)
+            ready.append(one[None, :, :seen])
+        return np.concatenate(ready)
 
     @torch.no_grad()
     def probabilities(self, windows: np.ndarray) -> np.ndarray:
@@ -165,6 +155,20 @@ class Detector:
         for i in range(0, len(windows), 64):  # 24 hours have 8,640 windows
             parts.append(self.classifier(torch.from_numpy(windows[i : i + 64])).numpy())
         return np.concatenate(parts)
+
+
+def holds_ecg(ecg: np.ndarray, starts: np.ndarray, width: float) -> np.ndarray:
+    """(W,) bool: which windows of (L, T), `width` samples from each start on, are no empty ones.
+
+    Looked at as recorded: beside an ECG, the filter of another rate leaves a little of it.  And by
+    quantiles: one spike would hide the ECG of all other windows.
+    """
+    spans = []
+    for start in starts:
+        part = ecg[:, round(start) : round(start + width)]
+        low, high = np.quantile(part, [0.005, 0.995], axis=1)  # (L,) each
+        spans.append((high - low).max())
+    return np.array(spans) > NO_ECG * max(spans)
 
 
 def window_count(seconds: float) -> int:
