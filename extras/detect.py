@@ -237,9 +237,8 @@ def where_rates_hold(content: dict, found: float, specificity: float, prevalence
     if content["lead"] == "all":
         return text
     if "handheld" not in content:
-        return (
-            f"{text}, not on a hand-held device, where false alarms are several times as frequent"
-        )
+        often = "where false alarms are several times as frequent"
+        return f"{text}, not on a hand-held device, {often}"
     measured = content["handheld"]  # by extras/ship.py, at a specificity of 90 %
     recordings = f"{measured['recordings']:,} normal rhythms on a hand-held device"
     text += f"; at 90% specificity {measured['positive']:.0%} of {recordings} were positive"

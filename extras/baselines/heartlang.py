@@ -186,9 +186,8 @@ class BeatTransformer(Encoder):
 
     def cut(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, leads, T) -> words (B, R, S, 96), places of R (B, S), real words (B, R, S)."""
-        places, is_beat = find_beats(
-            x[:, lead_index("I")], self.beats + 1
-        )  # that one ends the last
+        # One more beat than is kept, to end the last one.
+        places, is_beat = find_beats(x[:, lead_index("I")], self.beats + 1)
         x = x[:, self.rows]
         words = cut_words(x, places.to(x.device), is_beat.to(x.device))[:, :, : self.beats]
         places, is_beat = (part[:, : self.beats].to(x.device) for part in (places, is_beat))
