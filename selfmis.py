@@ -1348,7 +1348,7 @@ class Ranks(NamedTuple):
     world_size: int
     local_world_size: int  # processes on this machine
     device: torch.device
-    long_wait_group: object = None  # of all processes, for waits that may take hours
+    barrier_group: object = None  # all processes; other exchanges end after half an hour
 
     @property
     def is_main(self) -> bool:
@@ -1357,21 +1357,16 @@ class Ranks(NamedTuple):
     @property
     def is_joined(self) -> bool:
         """Whether torchrun started it."""
-        return self.long_wait_group is not None
+        return self.barrier_group is not None
 
     def print(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True)
 
     def barrier(self) -> None:
-        """Wait for all; half an hour at most, as in every other exchange."""
-        if self.is_joined:
-            dist.barrier()
-
-    def long_barrier(self) -> None:
         """Wait for all, for hours if need be: one may have to read a slower disk."""
         if self.is_joined:
-            dist.barrier(group=self.long_wait_group)
+            dist.barrier(group=self.barrier_group)
 
     def gather_objects(self, mine) -> list:
         """Everybody's `mine`, in the order of ranks, on every process."""
@@ -1421,7 +1416,7 @@ def join_ranks(device: str, seed: int) -> Ranks:
         torch.set_float32_matmul_precision("highest")  # whatever a container has set
     elif device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine or this build of torch has no Metal device")
-    long_wait_group = None
+    barrier_group = None
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         # After a restart torchrun's store still has the addresses of the dead processes, so each
@@ -1437,9 +1432,9 @@ def join_ranks(device: str, seed: int) -> Ranks:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-        long_wait_group = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+        barrier_group = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     torch.manual_seed(seed)
-    return Ranks(rank, world_size, local_world_size, torch.device(device), long_wait_group)
+    return Ranks(rank, world_size, local_world_size, torch.device(device), barrier_group)
 
 
 def available_cores() -> int:
@@ -2041,7 +2036,7 @@ def read_pairs(
     if len(todo):
         ranks.print(f"reading {len(todo):,} records")
     problems = read_rows(pairs, np.array_split(todo, ranks.world_size)[ranks.rank], config, ranks)
-    ranks.long_barrier()
+    ranks.barrier()
     for theirs in ranks.gather_objects(problems):
         problems = problems | theirs
     pairs.usable = rows[~np.isin(rows, list(problems))]

@@ -139,7 +139,7 @@ def main(config: ProbeConfig) -> dict:
         content, heads = finetune(config, extractor, split, out, last, started)
     else:
         content, heads = probe_frozen(config, extractor, split)
-    ranks.long_barrier()  # the first process trains the heads alone
+    ranks.barrier()  # the first process trains the heads alone
     if not ranks.is_main:
         return {}
     heads = better_head_first(heads, records.labels[split["val"]])
