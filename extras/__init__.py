@@ -21,7 +21,8 @@ def command_parser(module: str, about: str) -> argparse.ArgumentParser:
 def run_action(action, flags: argparse.Namespace) -> None:
     """action(flags) of a command that has --debug, which shows the traceback of an error.
 
-    What a user can cause is one sentence and exit code 2; else action's status, None or 0 if good.
+    A UsageError becomes one sentence and exit code 2; else the exit code is what action returns
+    (None or 0: success).
     """
     try:
         status = action(flags)
@@ -30,5 +31,8 @@ def run_action(action, flags: argparse.Namespace) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     if status:
         sys.exit(status)

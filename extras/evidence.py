@@ -27,6 +27,7 @@ import torch
 import selfmis
 import train_probe
 from extras import command_parser, run_action
+from extras.synthetic import save_picture
 from selfmis import LEADS, UsageError, import_optional
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +52,7 @@ SYNTHETIC = f"{FINETUNE} {SMALL} --data synthetic:15000 --synthetic-only --epoch
 
 # (name, number of seeds, command), in the order in which they need each other.  # stands for the
 # seed and @NAME for best.pt of that run; --data, the folds, --seed and --out are added, and every
-# alignment is probed, as NAME-probe.  Of a flag that stands twice in a command the last counts.
+# alignment is probed, as NAME-probe.  Of a flag that stands twice the last counts, but all --data.
 RUNS = (
     ("teacher-#", 3, f"{FINETUNE} --lead all {SMALL}"),
     ("teacher-#-frozen", 1, f"{PROBE} @teacher-#"),
@@ -237,9 +238,7 @@ class Scores(NamedTuple):
 
     def minus(self, other: "Scores") -> "Scores":
         """The paired difference.  UsageError: the two were tested on other records."""
-        for mine, theirs in ((self.labels, other.labels), (self.patients, other.patients)):
-            if not np.array_equal(mine, theirs):
-                raise UsageError("--out: its runs were tested on different records; run them again")
+        check_same((self.labels, self.patients), (other.labels, other.patients))
         auc, draws = self.auc - other.auc, self.draws - other.draws
         return self._replace(auc=auc, draws=draws, sixes=[])
 
@@ -249,13 +248,19 @@ class Scores(NamedTuple):
         return train_probe.format_cell(summary[group], "mean", form)
 
 
+def check_same(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> None:
+    """UsageError unless both (labels, patients) are the same."""
+    if not all(map(np.array_equal, one, other)):
+        raise UsageError("--out: its runs were tested on different records; run them again")
+
+
 @functools.cache
 def scores(out: Path, runs: tuple[str, ...], head: str, fold: str = "") -> Scores | None:
     """Scores of those of these runs that have this head; None where there is none.
 
     fold: "" for the test fold, "validation_" for the other.
     """
-    aucs, draws = [], []
+    tested, aucs, draws = [], [], []
     for run in runs:
         path = out / run / "predictions.npz"
         if not path.exists():
@@ -265,6 +270,8 @@ def scores(out: Path, runs: tuple[str, ...], head: str, fold: str = "") -> Score
                 continue
             labels, patients = saved[f"{fold}labels"], saved[f"{fold}patient"]
             auc, drawn = train_probe.mean_auc(saved[f"{fold}logits_{head}"], labels, patients)
+        tested.append((labels, patients))
+        check_same(tested[-1], tested[0])
         aucs.append(auc)
         draws.append(drawn)
     if not aucs:
@@ -394,7 +401,10 @@ def beat_models(data: str, val_fold: int, test_fold: int) -> dict[str, dict]:
     real = selfmis.find_records(data, sample_rate_hz=100)
     real = real[real.labels.any(1)]
     parts = [selfmis.find_records(f"synthetic:{BEATS}", seed=5)]
-    parts += [real[real.folds == fold] for fold in (val_fold, test_fold)]
+    for fold in (val_fold, test_fold):
+        if not (real.folds == fold).any():
+            raise UsageError(f"{data}: no labelled record in fold {fold}")
+        parts.append(real[real.folds == fold])
     beats, infarcts = [], []
     for part in parts:
         each = [find_median_beat(part.read(i, LEADS, 100)) for i in range(len(part))]
@@ -470,7 +480,7 @@ def draw_picture(text: str, path: Path) -> None:
         axes.annotate(mean, (float(high), y), (6, 0), textcoords="offset points", va="center")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, pixels_per_mm=6)
 
 
 # --------------------------------------------------------------------------------------------------

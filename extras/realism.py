@@ -31,7 +31,7 @@ FRONT = ("ALMI", "AMI", "ASMI", "LMI")  # the other infarcts are of the inferior
 FOR_EACH = 4  # synthetic records for each real one
 SEED = 2506
 
-RECORD_HZ = 100  # as PTB-XL's smaller copy, of which there is all
+RECORD_HZ = 100  # of records100/, the copy that was complete where this was measured
 BEAT_HZ = 500  # R is found to 2 ms
 BEFORE, AFTER = 150, 250  # samples of a beat before and after R: 300 and 500 ms
 EIGHT = [LEADS.index(lead) for lead in INDEPENDENT]  # the other four say nothing new
@@ -92,8 +92,9 @@ def between(low: float, high: float) -> slice:
 def wave_amplitudes(beats: np.ndarray) -> np.ndarray:
     """(..., 400) mV -> (..., 5) mV: R, S and Q (both positive downwards), T with its sign, ST60.
 
-    S is the deepest point of the QRS complex, a deeper Q included; Q is the lowest before the
-    largest vector, in V1 to V3 the way to S.  ST60 is 60 ms after a QRS complex of usual width.
+    S is the deepest point of the QRS complex, a deeper Q included; Q is the deepest before the
+    largest vector, where V1 to V3 are already on their way down to S.  ST60 is 60 ms after a QRS
+    complex of usual width.
     """
     qrs = beats[..., between(-70, 80)]
     q = -beats[..., between(-70, -4)].min(-1)
@@ -360,7 +361,8 @@ def run_realism(flags: argparse.Namespace) -> None:
     for name, chosen in rows.items():
         both = (records.labels[:, STATEMENTS.index(name)] > 0).sum() - len(chosen)
         if both:
-            print(f"Left out of {name}, for an infarct on the other side too: {both} records.")
+            why = "infarct" if name == "NORM" else "infarct on the other side"
+            print(f"Records left out of {name}, for an {why} too: {both}.")
     print("chance: the distance that two samples of one law exceed in 5 of 100 cases;")
     print("a median over leads varies less, the farthest of 60 more.")
     if few:

@@ -157,7 +157,7 @@ class Block:
     """All that is drawn for B patients, but for the noise of muscle.
 
     kind, stage (B,)        places in SYNTHETIC_TYPES and STAGE_NAMES
-    severity (B,)           of the infarct, 0 to 2
+    severity (B,)           of the infarct, or of the strain without one, 0 to 2
     strain (B,)             how much of ST and T the left side has lost
     heart_rate (B,)         per minute
     amplitudes (B, 16, 8)   of the bumps in the independent leads, float32 mV
@@ -457,10 +457,11 @@ def synthesize(
 
     Record first + i depends on (seed, first + i) and the settings only, not on n, the order or the
     process.  types (NORM, one of MI_TYPES or ABNORMAL), stage (hyperacute, acute, subacute, old),
-    severity (0 none, 1 typical, 2 at most) and heart_rate (per minute) are one value for all, one
-    per record, or None: drawn.  noise: 0 is clean, 1 as in PTB-XL.  leads=() gives labels alone.
+    severity (of infarct or strain: 0 none, 1 typical, 2 at most; the type keeps its label) and
+    heart_rate (per minute) are one value for all, one per record, or None: drawn.  noise: 0 is
+    clean, 1 about as in PTB-XL (lead I wanders too much: RESULTS.md).  leads=() gives labels alone.
     details=True adds a dict of lists: type, stage, severity, heart_rate and r_times (seconds) of
-    each record.  Raises UsageError naming the argument, its value and what is allowed.
+    each record.  UsageError for a number out of range, an unknown name, or too many or too few.
     """
     check_range("n", n, 0, 10**9)
     check_range("seed", seed, 0, math.inf)
@@ -650,7 +651,13 @@ def run_sheet(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m extras.synthetic", allow_abbrev=False)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m extras.synthetic",
+        description=__doc__,
+        formatter_class=layout,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(required=True, metavar="plot|sheet")
     plot = commands.add_parser("plot", help="the usual 12-lead chart", allow_abbrev=False)
     plot.add_argument("record", nargs="?", help="a WFDB record, with or without .hea")

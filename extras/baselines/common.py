@@ -5,8 +5,8 @@ returns its loss.  All else is train_pretrain.py's: the same cache, steps, losse
 finite, progress lines and --resume.  Labels are handed to a method only if it says that it uses
 them, and its checkpoint then says so too.
 
-The budget of `--size small` is the one of all methods of the benchmark: 100 Hz, 8 epochs in
-batches of 128 (under torchrun of each process: give --batch-size), AdamW, weight decay 0.01, 50
+The budget of `--size small` is, where a method's file says nothing else, the same: 100 Hz, 8 epochs
+in batches of 128 (under torchrun of each process: give --batch-size), AdamW, weight decay 0.01, 50
 steps of warm-up, then a cosine to 0, and gradients clipped at 1.  Without it size, epochs, rate,
 and the batch of one of several processes (eight, in fairseq-signals) are the published ones; cosine
 and clipping stay, where those published with a constant rate have neither.  OUT/best.pt has the
@@ -49,11 +49,12 @@ class BaselineConfig(Config):
     leads: int = flag(
         12, "what it sees: twelve leads, as published, or lead I alone", choices=(1, 12)
     )
+    sample_rate: float | None = flag(None, "in Hz (small: 100, else 500)")
     epochs: int | None = flag(None, "passes over the records (small: 8 in most, else as published)")
     batch_size: int | None = flag(None, "records of one process (small: 128, else as published)")
     lr: float | None = flag(None, "peak rate, cosine to 0 (small: 5e-4 in most, else as published)")
-    warmup: int | None = flag(None, "steps of linear warm-up (small: 50, else of the method)")
-    weight_decay: float | None = flag(None, "of AdamW (small: 0.01, else as published)")
+    warmup: int | None = flag(None, "steps of linear warm-up (small: 50, of generators 0)")
+    weight_decay: float | None = flag(None, "of AdamW (small: 0.01, of generators 0)")
     val_records: int = flag(5000, "the last N records of a list without folds validate")
     save_seconds: float = flag(600.0, "between two saves of last.pt within an epoch")
 

@@ -13,12 +13,10 @@ Departures from the original for photographs: U-Nets with kernels of (2, 4) on a
 
 import dataclasses
 
-import torch
-
 from extras.baselines.common import run_baseline
-from extras.baselines.gan import GenerativeConfig, GenerativeMethod, PatchDiscriminator, UNet
-from extras.baselines.gan import UNetGenerator, as_image, distance, frozen
-from extras.baselines.gan import loss_if_made, loss_if_real, repeat_lead, width_of
+from extras.baselines.gan import WIDTHS, GenerativeConfig, GenerativeMethod, PatchDiscriminator
+from extras.baselines.gan import UNet, UNetGenerator, as_image, distance, frozen, judge_loss
+from extras.baselines.gan import loss_if_real, repeat_lead
 from selfmis import flag
 
 
@@ -32,14 +30,14 @@ class CycleGAN(GenerativeMethod):
 
     def __init__(self, config: CycleGANConfig) -> None:
         super().__init__(config)
-        width = width_of(config)
+        width = WIDTHS[config.size]
         self.back = UNet(width, norm="instance")
         self.judge_single = PatchDiscriminator(1, width, norm="instance")
         self.judge_multi = PatchDiscriminator(1, width, norm="instance")
 
     @staticmethod
     def make_encoder(config: CycleGANConfig) -> UNetGenerator:
-        return UNetGenerator(width=width_of(config), norm="instance")
+        return UNetGenerator(width=WIDTHS[config.size], norm="instance")
 
     def forward(self, ecg, patients, draw):
         piece = self.pieces(ecg, draw)
@@ -50,17 +48,12 @@ class CycleGAN(GenerativeMethod):
         kept = distance(there(multi)[0], multi) + distance(back(single)[0], single)
         fooled = loss_if_real(frozen(self.judge_multi, made_multi))
         fooled = fooled + loss_if_real(frozen(self.judge_single, made_single))
-        judged = tell_apart(self.judge_multi, multi, made_multi)
-        judged = judged + tell_apart(self.judge_single, single, made_single)
+        judged = judge_loss(self.judge_multi, multi, made_multi)
+        judged = (judged + judge_loss(self.judge_single, single, made_single)) / 2
         # A circle counts for both generators, and its gradient reaches both at once.
         loss = fooled + 10 * circles + 2.5 * kept + judged
         numbers = dict(error=distance(made_multi, multi), circles=circles, judged=judged)
         return loss, {name: value.detach() for name, value in numbers.items()}
-
-
-def tell_apart(network: PatchDiscriminator, true: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-    """Half the loss of telling them apart."""
-    return (loss_if_real(network(true)) + loss_if_made(network(made.detach()))) / 2
 
 
 if __name__ == "__main__":

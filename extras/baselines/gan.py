@@ -1,14 +1,14 @@
 """What the generative methods share: twelve leads as an image, the U-Net, the discriminators.
 
-A generator makes eleven leads out of lead I.  It works in millivolts over one number, the root mean
-square of its first batch: that of a record's own twelve leads is not known when only lead I is.  It
-learns on pieces of 512 samples; being convolutional it takes any length (an instance norm then sees
-more of it).  Image, U-Net and judge of pieces are those of EKGAN's public code, in which Pix2Pix
-and CycleGAN are compared too.
+A generator makes eleven leads out of lead I.  Its unit is one fixed number, the root mean square
+of its first batch in mV, since the size of a record's own twelve leads is unknown where only lead I
+is given.  It learns on pieces of 512 samples; being convolutional it takes any length (an instance
+norm then sees more of it).  Image, U-Net and judge of pieces are those of EKGAN's public code, in
+which Pix2Pix and CycleGAN are compared too.
 
 Departures of all of them: generator and judge step at once, both from their old weights; gradients
-are clipped at 1 together (Adam undoes the scale) and the rate falls by a cosine; no dropout.  Batch
-norm is that of each process.
+of both are clipped at 1 by their joint norm (Adam undoes what is constant in that scale), and the
+rate falls by a cosine; no dropout.  Batch norm is that of each process.
 """
 
 import dataclasses
@@ -37,6 +37,11 @@ class GenerativeConfig(BaselineConfig):
         super().__post_init__()
         if self.filter not in (None, "none"):
             raise UsageError("--filter: generators work on millivolts as recorded")
+        if self.sample_rate is not None and 10 * self.sample_rate < PIECE:
+            raise UsageError(
+                f"--sample-rate {self.sample_rate:g}: ten seconds must hold {PIECE} samples; give "
+                "52 or more"
+            )
 
 
 def as_image(ecg: torch.Tensor) -> torch.Tensor:
@@ -156,14 +161,17 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a - b).float().abs().mean()
 
 
+def judge_loss(judge: nn.Module, true: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """A judge's own loss, of which no gradient reaches the generator."""
+    return loss_if_real(judge(true)) + loss_if_made(judge(made.detach()))
+
+
 def conditional_losses(
     judge: nn.Module, given: torch.Tensor, true: torch.Tensor, made: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (B, 1, 16, T) -> the generator's loss, and that of a judge who sees `given` too."""
-    fooled = loss_if_real(frozen(judge, torch.cat([given, made], 1)))
-    seen_true = judge(torch.cat([given, true], 1))
-    seen_made = judge(torch.cat([given, made.detach()], 1))
-    return fooled, loss_if_real(seen_true) + loss_if_made(seen_made)
+    made, true = torch.cat([given, made], 1), torch.cat([given, true], 1)  # (B, 2, 16, T)
+    return loss_if_real(frozen(judge, made)), judge_loss(judge, true, made)
 
 
 class Generator(nn.Module):
@@ -210,7 +218,7 @@ class GenerativeMethod(Method):
     the gradient of its own loss alone.
     """
 
-    # Epochs and batch are ours; the rate is the original's.
+    # Pix2Pix's and CycleGAN's rate; epochs and batch are ours where a method has none of its own.
     published = PUBLISHED_BUDGET | dict(epochs=100, lr=2e-4, weight_decay=0.0)
     small = SMALL_BUDGET | dict(lr=2e-4, warmup=0, weight_decay=0.0)
     betas = (0.5, 0.999)
@@ -232,7 +240,3 @@ class GenerativeMethod(Method):
         if self.training and self.encoder.scale == 0:
             self.encoder.scale.copy_(gather(ecg.square().mean()[None]).mean().sqrt())
         return random_segment(ecg, draw, PIECE) / self.encoder.scale
-
-
-def width_of(config: BaselineConfig) -> int:
-    return WIDTHS[config.size]

@@ -35,11 +35,12 @@ from extras.baselines.mcma import MCMAGenerator
 from extras.devices import embed_recordings
 from extras.evidence import MEANS, Scores, difference, print_table
 from extras.synthetic import CHART_MM, draw_chart, ecg_paper, save_picture
-from selfmis import LEADS, Records, UsageError, import_optional
+from selfmis import LEADS, Records, SelfCuttingDataset, UsageError, import_optional
 
 GENERATORS = {network.__name__: network for network in (UNetGenerator, MCMAGenerator)}
 FILTER_SECONDS = 0.31
 FIT_RECORDS = 2000  # of the training folds, for the filter
+CONTENT = "generated.json"  # written when all is made
 MADE = [i for i in range(12) if i != LEAD_I]
 PAPER = {"pix2pix": "64.6", "cyclegan": "55.4", "ekgan": "60.4", "mcma": "76.2"}  # nine-type mean
 
@@ -55,9 +56,10 @@ def test_records(flags: argparse.Namespace, rate_hz: float) -> Records:
 
 def read_mv(records: Records, rate_hz: float) -> np.ndarray:
     """(N, 12, T) float32 in mV, ten seconds each."""
-    ecgs = (records.read(i, LEADS, rate_hz) for i in range(len(records)))
-    options = dict(sample_rate_hz=rate_hz, normalize="none")
-    return np.stack([selfmis.preprocess(ecg, **options) for ecg in ecgs])
+    dataset = SelfCuttingDataset(
+        records, "all", sample_rate_hz=rate_hz, multi=False, normalize="none"
+    )
+    return np.stack([ecg.numpy() for ecg, _ in dataset])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,6 +76,15 @@ def load_generator(path: str) -> tuple[Generator, float]:
     selfmis.load_strictly(generator, content["encoder"], path)
     generator.training_data = content["training_data"]
     return generator.eval(), content["sample_rate_hz"]
+
+
+def training_filters(flags: argparse.Namespace, rate_hz: float) -> np.ndarray:
+    """`fit_filters` of FIT_RECORDS records of the training folds: (12, taps)."""
+    records = selfmis.find_records(flags.data, sample_rate_hz=rate_hz)
+    trains = (records.folds != flags.val_fold) & (records.folds != flags.test_fold)
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(trains))[:FIT_RECORDS]
+    taps = 2 * round(FILTER_SECONDS * rate_hz / 2) - 1
+    return fit_filters(read_mv(records[rows], rate_hz), taps)
 
 
 def fit_filters(ecg: np.ndarray, taps: int) -> np.ndarray:
@@ -104,29 +115,26 @@ def make(flags: argparse.Namespace) -> None:
     if len(flags.sources) > 1:
         raise UsageError(f"make {' '.join(flags.sources)}: one at a time")
     source = flags.sources[0]
+    try:
+        flags.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {flags.out}: {error.strerror}; give another") from error
     if source == "fir":
         rate_hz = flags.sample_rate
-        records = selfmis.find_records(flags.data, sample_rate_hz=rate_hz)
-        trains = (records.folds != flags.val_fold) & (records.folds != flags.test_fold)
-        rows = np.random.default_rng(0).permutation(np.flatnonzero(trains))[:FIT_RECORDS]
-        taps = 2 * round(FILTER_SECONDS * rate_hz / 2) - 1
-        filters = fit_filters(read_mv(records[rows], rate_hz), taps)
+        filters = training_filters(flags, rate_hz)
+        records = test_records(flags, rate_hz)
+        made = [apply_filters(ecg[LEAD_I], filters) for ecg in read_mv(records, rate_hz)]
     else:
         generator, rate_hz = load_generator(source)
-    records = test_records(flags, rate_hz)
-    made = np.empty((len(records), 12, round(10 * rate_hz)), np.float32)
-    for i, ecg in enumerate(read_mv(records, rate_hz)):
-        if source == "fir":
-            made[i] = apply_filters(ecg[LEAD_I], filters)
-        else:
-            made[i] = generator(torch.from_numpy(ecg[None, [LEAD_I]]))[0].numpy()
-    if source != "fir":
+        records = test_records(flags, rate_hz)
         warn_of_seen(generator, records)
-    flags.out.mkdir(parents=True, exist_ok=True)
-    np.save(flags.out / "generated.npy", made)
+        leads = torch.from_numpy(read_mv(records, rate_hz)[:, [LEAD_I]])  # (N, 1, T)
+        made = [generator(lead[None])[0].numpy() for lead in leads]
+    (flags.out / CONTENT).unlink(missing_ok=True)
+    np.save(flags.out / "generated.npy", np.stack(made))
     names = [records.name(i) for i in range(len(records))]
     content = dict(source=source, sample_rate_hz=rate_hz, leads=LEADS, records=names)
-    selfmis.write_json(flags.out / "generated.json", content)  # last: it says that all is there
+    selfmis.write_json(flags.out / CONTENT, content)  # last: it says that all is there
     print(f"{flags.out / 'generated.npy'}: {len(made):,} records")
 
 
@@ -175,11 +183,11 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def read_content(folder: Path) -> dict:
-    """generated.json of a folder."""
+    """What a folder that `make` has filled says of itself."""
     try:
-        return json.loads((folder / "generated.json").read_text())
-    except OSError as error:
-        raise UsageError(f"{folder}: no generated.json; start with `make`") from error
+        return json.loads((folder / CONTENT).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: no {CONTENT} that can be read; start with `make`") from error
 
 
 def read_made(folder: Path, records: Records, rate_hz: float) -> np.ndarray:
@@ -200,6 +208,8 @@ def score(flags: argparse.Namespace) -> None:
     if encoder.lead != "all":
         raise UsageError(f"{flags.probe}: a probe of lead {encoder.lead}; give one of --lead all")
     content = selfmis.read_checkpoint(flags.probe)
+    if "head" not in content or "head_training_data" not in content:
+        raise UsageError(f"{flags.probe}: no head in it; give probe.pt of train_probe.py")
     records = test_records(flags, encoder.sample_rate_hz)
     encoder.training_data = encoder.training_data + content["head_training_data"]
     warn_of_seen(encoder, records)
@@ -244,7 +254,10 @@ def score(flags: argparse.Namespace) -> None:
 
 def first_infarct(records: Records) -> int:
     """Its row."""
-    return int(records.labels[:, train_probe.NINE].any(1).argmax())
+    rows = np.flatnonzero(records.labels[:, train_probe.NINE].any(1))
+    if not len(rows):
+        raise UsageError("--picture: shows an infarct, and the test fold has none")
+    return int(rows[0])
 
 
 def draw_picture(path: str, shown: dict, embedded: dict, records: Records) -> None:
@@ -303,14 +316,19 @@ def main(argv=None) -> None:
     parser = command_parser("extras.baselines.generated", __doc__)
     add = parser.add_argument
     add("part", choices=("make", "score", "chart"))
-    add("sources", nargs="+", metavar="best.pt|fir|FOLDER", help="folders: of generated.npy")
+    add(
+        "sources",
+        nargs="+",
+        metavar="best.pt|fir|FOLDER",
+        help="make: one of the first two; score, chart: folders that make has filled",
+    )
     add("--data", required=True, metavar="PTBXL", help="a folder")
     add("--out", type=Path, default=Path("runs/generated"), help="of make")
     add("--val-fold", type=int, default=9, help="default: 9")
     add("--test-fold", type=int, default=10, help="default: 10")
     add("--sample-rate", type=float, default=500.0, help="of fir; default: 500")
     add("--probe", help="of score: probe.pt of a twelve-lead encoder on --lead all")
-    add("--picture", metavar="FILE", help="of score: draws V1 and the latents; of chart")
+    add("--picture", metavar="FILE", help="score: draws V1 and the embeddings here; chart: here")
     parts = dict(make=make, score=score, chart=chart)
     run_action(lambda flags: parts[flags.part](flags), parser.parse_args(argv))
 

@@ -3,7 +3,7 @@
     python -m extras.baselines.mcma --data ptb-xl --size small --out runs/mcma
 
 A U-Net over time with twelve channels in and out.  All channels are zero but the one lead that is
-known, in its own place; the target is all twelve leads.
+known, in its own place; the target is all twelve leads.  After Chen et al. 2024 (arXiv 2407.11481).
 
 Departures from the published form: the known lead is always I (--any-lead draws another one for
 each record and step; the published code draws one, once); pieces of 512 samples, not 1,024; no
@@ -22,14 +22,16 @@ from extras.baselines.common import run_baseline
 from extras.baselines.gan import LEAD_I, GenerativeConfig, GenerativeMethod, Generator, distance
 from selfmis import LEADS, flag
 
-SIZES = {"published": dict(width=16, kernel_size=13), "small": dict(width=8, kernel_size=13)}
+WIDTHS = {"published": 16, "small": 8}
 
 
 @dataclasses.dataclass
 class MCMAConfig(GenerativeConfig):
     out: str = flag("runs/mcma", "folder of the run", metavar="DIR")
     any_lead: bool = flag(False, "the known lead is drawn for each record")
-    published: bool = flag(False, "instance norm at the end too")
+    published: bool = flag(
+        False, "the published instance norm at the end (--size has only the size)"
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -107,7 +109,7 @@ class MCMA(GenerativeMethod):
 
     @staticmethod
     def make_encoder(config: MCMAConfig) -> MCMAGenerator:
-        return MCMAGenerator(**SIZES[config.size], last_norm=config.published)
+        return MCMAGenerator(width=WIDTHS[config.size], last_norm=config.published)
 
     def forward(self, ecg, patients, draw):
         piece = self.pieces(ecg, draw)

@@ -13,9 +13,8 @@ Departures from the original for photographs: 50, where it has 100; kernels of (
 import dataclasses
 
 from extras.baselines.common import run_baseline
-from extras.baselines.gan import GenerativeConfig, GenerativeMethod, PatchDiscriminator
-from extras.baselines.gan import UNetGenerator, as_image, conditional_losses, distance
-from extras.baselines.gan import repeat_lead, width_of
+from extras.baselines.gan import WIDTHS, GenerativeConfig, GenerativeMethod, PatchDiscriminator
+from extras.baselines.gan import UNetGenerator, as_image, conditional_losses, distance, repeat_lead
 from selfmis import flag
 
 
@@ -30,11 +29,11 @@ class Pix2Pix(GenerativeMethod):
 
     def __init__(self, config: Pix2PixConfig) -> None:
         super().__init__(config)
-        self.judge = PatchDiscriminator(2, width_of(config))
+        self.judge = PatchDiscriminator(2, WIDTHS[config.size])
 
     @staticmethod
     def make_encoder(config: Pix2PixConfig) -> UNetGenerator:
-        return UNetGenerator(width=width_of(config))
+        return UNetGenerator(width=WIDTHS[config.size])
 
     def forward(self, ecg, patients, draw):
         piece = self.pieces(ecg, draw)

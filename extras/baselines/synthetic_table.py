@@ -27,6 +27,7 @@ import train_probe
 from extras import command_parser, evidence, run_action
 from extras.baselines.table1 import add_flags, run_chains
 from extras.evidence import shared_flags
+from extras.synthetic import save_picture
 from selfmis import UsageError, import_optional
 
 NETWORKS = ("transformer", "gru", "resnet")
@@ -202,18 +203,19 @@ def draw_curves(curves: dict[str, dict[str, list]], path: Path) -> None:
     figure.legend(
         handles.values(), handles, loc="outside lower center", ncols=len(curves), frameon=False
     )
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, pixels_per_mm=6)
 
 
 def run_table(flags: argparse.Namespace) -> None:
     shared, out = shared_flags(flags), flags.out
+    shares = sorted(set(flags.shares))
     if not flags.tables:
         run_chains(pretraining_runs(flags.networks, shared, out), out, flags.jobs)
-        runs = finetuning_runs(flags.networks, flags.shares, flags.seeds, shared, out)
+        runs = finetuning_runs(flags.networks, shares, flags.seeds, shared, out)
         run_chains(runs, out, flags.jobs)
     curves = {}
     for network in flags.networks:
-        lines = print_network(out, network, flags.shares, flags.seeds)
+        lines = print_network(out, network, shares, flags.seeds)
         if lines:
             curves[network] = lines
     if not curves:

@@ -13,7 +13,8 @@ are those of the run itself, without its teacher's or its start's.
 
 import argparse
 import os
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,19 +75,29 @@ def all_runs(plan: tuple, shared: list[str], out: Path) -> dict[str, list[str]]:
 def run_chains(runs: dict[str, list[str]], out: Path, jobs: int) -> None:
     """Every run that is not finished and then its probe, `jobs` of them at once.
 
-    After one that fails no other is started.
+    After one that fails, or is interrupted, no other is started.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     chains = {}
     for run in runs:
         start = run.removesuffix("-probe").removesuffix("-frozen")
-        chains.setdefault(start, {})[run] = runs[run]
+        chains.setdefault(start, []).append(run)
+    has_failed = threading.Event()
+
+    def run_chain(chain: list[str]) -> None:
+        for run in chain:
+            if has_failed.is_set():
+                return
+            try:
+                evidence.run_missing({run: runs[run]}, out)
+            except BaseException:  # SystemExit of a run that failed among them
+                has_failed.set()
+                raise
+
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(evidence.run_missing, chain, out) for chain in chains.values()]
-        for future in as_completed(futures):
-            if future.exception():
-                pool.shutdown(cancel_futures=True)
-                raise future.exception()
+        futures = [pool.submit(run_chain, chain) for chain in chains.values()]
+    for future in futures:
+        future.result()
 
 
 class Row(NamedTuple):
