@@ -281,6 +281,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     scalar = core.multiarray.scalar
     old_scalar = (scalar, "numpy.core.multiarray.scalar")
     allowed = [scalar, old_scalar, np.dtype, type(np.dtype("float64"))]
+    if os.path.isdir(path):
+        raise UsageError(f"{path}: a folder; give the best.pt or probe.pt in it")
     if not os.path.isfile(path):
         raise UsageError(f"{path}: there is no such file")
     try:
@@ -444,7 +446,7 @@ def read_wfdb(record: str | os.PathLike, leads: str | Sequence[str]) -> tuple[np
         raise RecordError(f"{stem}: header or signal file is missing, damaged or cut") from error
     if content.p_signal is None or not len(content.p_signal):
         raise RecordError(f"{stem}: holds no samples")
-    if not 1 <= content.fs <= 100_000:
+    if not 1 <= content.fs <= 20_000:
         raise RecordError(f"{stem}: a sample rate of {content.fs} Hz is not one of an ECG")
 
     names = [name or "?" for name in content.sig_name]
@@ -472,8 +474,8 @@ def nan_to_zero(ecg: np.ndarray) -> np.ndarray:
 def resample(ecg: np.ndarray, rate_hz: float, to_hz: float) -> np.ndarray:
     """(L, T) at rate_hz -> (L, ceil(T to_hz / rate_hz)) at to_hz, without aliases.
 
-    The median stays out of the filter, which passes a constant with a ripple of a thousandth: a
-    z-score would blow the ripple of a flat lead up to an ECG, and a large offset would show.
+    The median is subtracted first and added again: of a constant the filter makes a ripple of a
+    thousandth, which the z-score would enlarge, on a flat lead to the size of an ECG.
     """
     if rate_hz == to_hz:
         return ecg
@@ -1195,7 +1197,7 @@ def flag(default, help: str, **options):
 
 
 POSITIVE = "limit sample_rate epochs batch_size lr val_records seeds patience".split()
-NOT_NEGATIVE = "seed workers warmup weight_decay".split()
+NOT_NEGATIVE = "seed workers warmup weight_decay save_seconds".split()
 
 
 @dataclasses.dataclass
@@ -1264,11 +1266,16 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def is_empty(value) -> bool:
+    """Whether a setting says nothing: None, False or []; a 0 says something."""
+    return value is None or value is False or value == []
+
+
 def as_flags(settings: dict) -> str:
     """Settings as somebody would type them."""
     words = []
     for name, value in settings.items():
-        if value in (None, False, []):
+        if is_empty(value):
             words.append(f"no {as_flag(name)}")
         elif value is True:
             words.append(as_flag(name))
@@ -1295,7 +1302,7 @@ def parse_flags(config_class, description: str, argv: Sequence[str] | None = Non
         else:
             kind, *_ = typing.get_args(field.type) or (field.type,)  # int of "int | None"
             options["type"] = kind
-        if default not in (None, False, []):
+        if not is_empty(default):
             options["help"] += " (default: %(default)s)"
         group = shared if field.name in Config.__dataclass_fields__ else own
         group.add_argument(as_flag(field.name), default=default, **options)
@@ -1327,6 +1334,13 @@ def run_script(main, config_class, description: str) -> None:
         sentence = re.sub(r"^selfmis\.\w+: ", "", str(error).strip().splitlines()[-1])
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(2)  # at once: the end of a process group may wait for the others
+    except torch.OutOfMemoryError:
+        if config.debug:
+            raise
+        sys.stdout.flush()
+        remedy = "lower --batch-size; more processes keep the global batch"
+        print(f"error: the GPU's memory does not suffice; {remedy}", file=sys.stderr, flush=True)
+        os._exit(2)
     except KeyboardInterrupt:
         sys.stdout.flush()
         remedy = "--resume goes on from the last save, if there was one"
@@ -1376,8 +1390,13 @@ class Ranks(NamedTuple):
         dist.all_gather_object(everybody, mine)
         return everybody
 
+    def share(self, rows: np.ndarray) -> list[np.ndarray]:
+        """This process's part of some rows, 256 at a time: every world_size-th, from rank on."""
+        mine = rows[self.rank :: self.world_size]
+        return [mine[i : i + 256] for i in range(0, len(mine), 256)]
+
     def gather_rows(self, mine: torch.Tensor, n: int) -> torch.Tensor:
-        """Rows 0 ... n - 1 on every process, when this one holds rank, rank + world size, ..."""
+        """What all processes have made of their `share` of n rows, in the order of the rows."""
         if not self.is_joined:
             return mine
         longest = math.ceil(n / self.world_size)
@@ -1412,8 +1431,8 @@ def join_ranks(device: str, seed: int) -> Ranks:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as on a CPU,
-        torch.set_float32_matmul_precision("highest")  # whatever a container has set
+        torch.backends.cudnn.allow_tf32 = False  # as on a CPU, even where a container has
+        torch.set_float32_matmul_precision("highest")  # switched it on
     elif device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine or this build of torch has no Metal device")
     barrier_group = None
@@ -1483,15 +1502,15 @@ def resolve_input(config: Config, encoders: dict[str, ResNet1D], lead_from: dict
     return InputSpec(lead, float(rate_hz), preprocessing)
 
 
-def open_encoder(spec: str, size: str | None, leads: int | None = None) -> ResNet1D | None:
+def open_encoder(path: str, size: str | None, leads: int | None = None) -> ResNet1D | None:
     """`load_encoder` of a flag's value, of that size and number of leads; None for random."""
-    if spec == "random":
+    if path == "random":
         return None
-    encoder = load_encoder(spec)
+    encoder = load_encoder(path)
     if leads is not None and encoder.leads != leads:
-        raise UsageError(f"{spec}: an encoder of {encoder.leads} lead(s), but {leads} are needed")
+        raise UsageError(f"{path}: an encoder of {encoder.leads} lead(s), but {leads} are needed")
     if size is not None and encoder.architecture | SIZES[size] != encoder.architecture:
-        raise UsageError(f"--size {size}: {spec} holds an encoder of another size")
+        raise UsageError(f"--size {size}: {path} holds an encoder of another size")
     return encoder
 
 
@@ -1628,20 +1647,25 @@ def read_last(config: Config, out: Path, ranks: Ranks) -> dict | None:
     """OUT/last.pt for --resume, None to start; UsageError if it does not fit the run."""
     if not config.resume:
         return None
-    has_best = (out / "best.pt").exists()
-    if not has_best and not (out / "last.pt").exists():
+    has_best, has_last = (out / "best.pt").exists(), (out / "last.pt").exists()
+    if len(set(ranks.gather_objects((has_best, has_last)))) > 1:
+        raise UsageError(f"--out {out}: not every machine sees it; give a shared folder")
+    if not has_best and not has_last:
         ranks.print(f"--resume: there is no {out / 'last.pt'}, so the run starts")
         return None
     last = read_checkpoint(out / "last.pt")
-    if "train_rows" not in last:
-        raise UsageError(f"--resume: {out / 'last.pt'} is of no run; --overwrite starts anew")
+    if "rows" not in last:
+        raise UsageError(
+            f"--resume: {out / 'last.pt'} is of another version; --overwrite starts anew"
+        )
     if last["epoch"] > 0 and not has_best:
         raise UsageError(f"--resume: {out} has no best.pt any more; --overwrite starts anew")
     # Other processes may share a global batch, unless the loss compares those of one process.
     batch, world_size = last["config"]["batch_size"], last["world_size"]
     same = config.batch_size * ranks.world_size == batch * world_size
     if not same or (getattr(config, "local_negatives", False) and batch != config.batch_size):
-        raise UsageError(f"--resume: {out} was started with {world_size} processes x {batch}")
+        started = f"{out} was started with {world_size} processes x {batch} records"
+        raise UsageError(f"--resume: {started}; keep the product, or both with --local-negatives")
     return last
 
 
@@ -1703,7 +1727,7 @@ def append_log(out: Path, entry: dict) -> None:
 
 def encoder_content(encoder: ResNet1D, spec: InputSpec, seen: list[dict]) -> dict:
     """The part of every checkpoint that `load_encoder` reads."""
-    weights = {key: value.detach().cpu().clone() for key, value in encoder.state_dict().items()}
+    weights = {key: value.detach().cpu() for key, value in encoder.state_dict().items()}
     content = dict(encoder=weights, architecture=encoder.architecture, training_data=seen)
     content["network"] = type(encoder).__name__
     return content | spec._asdict()
@@ -1780,22 +1804,29 @@ class Learner:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state(self, train_rows: np.ndarray) -> dict:
-        """The part of last.pt that `restore` reads."""
+    def state(self, *rows: np.ndarray) -> dict:
+        """The part of last.pt that `restore` reads; rows: of the records that train and choose."""
         parts = dict(model=self.model, optimizer=self.optimizer, scaler=self.scaler)
         state = {name: part.state_dict() for name, part in parts.items()}
-        digest = hashlib.sha256(train_rows.tobytes()).hexdigest()
-        return state | dict(amp=self.amp, train_rows=digest)
+        return state | dict(amp=self.amp, rows=rows_digest(*rows))
 
-    def restore(self, last: dict, train_rows: np.ndarray) -> None:
+    def restore(self, last: dict, *rows: np.ndarray) -> None:
         """Go back to where last.pt was written."""
         if last["amp"] != self.amp:
             raise UsageError(f"--resume: the run was started with --amp {last['amp']}; give that")
-        if last["train_rows"] != hashlib.sha256(train_rows.tobytes()).hexdigest():
-            raise UsageError("--resume: other training records can be read now than at the start")
+        if last["rows"] != rows_digest(*rows):
+            raise UsageError("--resume: other records can be read now than at the start")
         self.model.load_state_dict(last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
         self.scaler.load_state_dict(last["scaler"])
+
+
+def rows_digest(*parts: np.ndarray) -> str:
+    """Changes with every row of the parts."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        digest.update(f"{len(rows)} rows".encode() + rows.tobytes())
+    return digest.hexdigest()
 
 
 def epoch_batches(rows: np.ndarray, config: Config, epoch: int, ranks: Ranks) -> list[np.ndarray]:
@@ -1807,7 +1838,8 @@ def epoch_batches(rows: np.ndarray, config: Config, epoch: int, ranks: Ranks) ->
     order = rows[np.random.default_rng([config.seed, epoch]).permutation(len(rows))]
     steps = len(order) // (B * W)
     if steps == 0:
-        raise UsageError(f"{len(rows):,} records do not fill a batch of {W} x {B}: --batch-size")
+        batch = f"a batch of {W} x {B}"
+        raise UsageError(f"{len(rows):,} records do not fill {batch}; lower --batch-size")
     return list(order[: steps * B * W].reshape(steps, W, B)[:, ranks.rank])
 
 
@@ -1853,7 +1885,7 @@ class CachedArray:
         for list_path in self.lists():  # they speak of an array that has gone
             list_path.unlink()
         try:
-            with open(self.path, "wb") as file:
+            with open(self.path, "ab") as file:  # "wb" would empty one that another run has begun
                 file.truncate(size)
         except OSError as error:
             raise self.write_error(error) from error
@@ -2032,7 +2064,7 @@ def read_pairs(
             array.create()
     ranks.barrier()
     # The first process decides: another run may be writing into this cache meanwhile.
-    todo = ranks.gather_objects(pairs.not_in_cache(rows))[0]
+    todo = ranks.gather_objects(pairs.not_in_cache(rows) if ranks.is_main else None)[0]
     if len(todo):
         ranks.print(f"reading {len(todo):,} records")
     problems = read_rows(pairs, np.array_split(todo, ranks.world_size)[ranks.rank], config, ranks)

@@ -285,7 +285,7 @@ def resume(run: Training, last: dict) -> None:
     """Put a run that `prepare` has made anew back where last.pt left it."""
     if last["teacher_digest"] != run.teacher_digest:
         raise UsageError(f"--resume: --multi {run.config.multi} had other weights at the start")
-    run.learner.restore(last, run.train_rows)
+    run.learner.restore(last, run.train_rows, run.val_rows)
     for name in PROGRESS:
         setattr(run, name, last[name])
     run.ranks.print(f"{run.out}: going on at epoch {run.epoch + 1}, step {run.step + 1}")
@@ -378,16 +378,10 @@ def say_step(run: Training, steps: int, seconds_a_step: float) -> None:
     selfmis.append_log(run.out, dict(epoch=run.epoch + 1, step=run.step, loss=loss, lr=lr))
 
 
-def validation_batches(rows: np.ndarray, ranks: Ranks) -> list[np.ndarray]:
-    """This process's share of the validation rows, 256 at a time, for `Ranks.gather_rows`."""
-    mine = rows[ranks.rank :: ranks.world_size]
-    return [mine[i : i + 256] for i in range(0, len(mine), 256)]
-
-
 def gather_targets(pairs: Pairs, rows: np.ndarray, ranks: Ranks) -> torch.Tensor:
     """The teacher embeddings (N, D) of the validation records, on every process."""
     parts = [torch.empty(0, pairs.teacher.embedding_dim)]
-    for _, targets in pairs.batches(validation_batches(rows, ranks)):
+    for _, targets in pairs.batches(ranks.share(rows)):
         parts.append(targets.cpu())
     return ranks.gather_rows(torch.cat(parts), len(rows))
 
@@ -398,9 +392,8 @@ def validate(run: Training) -> dict:
 
     The same numbers on all processes, whatever their number.
     """
-    batches = validation_batches(run.val_rows, run.ranks)
     parts = [torch.empty(0, run.model.encoder.embedding_dim)]
-    for signals, _ in run.pairs.batches(batches, with_targets=False):
+    for signals, _ in run.pairs.batches(run.ranks.share(run.val_rows), with_targets=False):
         parts.append(selfmis.embed(run.model.encoder, signals, run.ranks.device))
     single = run.ranks.gather_rows(torch.cat(parts), len(run.val_rows))  # (N, D)
     losses = []
@@ -444,7 +437,8 @@ def save_last(run: Training) -> None:
     content = selfmis.encoder_content(run.model.encoder, run.spec, run.training_data)
     content |= {name: getattr(run, name) for name in PROGRESS}
     content |= dict(kind=run.kind, config=vars(run.config), world_size=run.ranks.world_size)
-    content |= run.learner.state(run.train_rows) | dict(teacher_digest=run.teacher_digest)
+    content |= run.learner.state(run.train_rows, run.val_rows)
+    content |= dict(teacher_digest=run.teacher_digest)
     selfmis.save(run.out / "last.pt", content | selfmis.environment())
 
 

@@ -5,7 +5,7 @@
     python train_probe.py --data ptb-xl --finetune --lead all --out runs/teacher   # a teacher
 
 Linear heads on the frozen encoder, or with --finetune encoder and head together.  Trains on all
-folds but two, chooses on the validation fold, and touches the test fold once, at the end.  Writes
+folds but two and chooses on the validation fold; nothing is chosen by the test fold.  Writes
 OUT/probe.pt, results.json, results.md, roc.png, predictions.npz and config.json; with --finetune
 best.pt, last.pt and log.jsonl too.  --fractions 0.25 0.5 1 --seeds 5 is Table 3.
 """
@@ -88,6 +88,8 @@ class ProbeConfig(Config):
             raise UsageError(f"--fractions {self.fractions}: expected shares above 0, at most 1")
         if self.baseline and self.encoder == "random":
             raise UsageError("--baseline: --encoder is random already")
+        if not self.finetune and (self.compile or self.amp != "auto"):
+            raise UsageError("--compile, --amp: a frozen encoder runs as it is, in float32")
         if self.finetune and self.head != "both":
             raise UsageError("--finetune trains a head of its own; probe its best.pt with --head")
         if self.finetune and (self.seeds > 1 or self.baseline or len(self.fractions) > 1):
@@ -113,7 +115,8 @@ def main(config: ProbeConfig) -> dict:
     """Probe or fine-tune; returns the content of results.json (in the first process)."""
     started = time.time()
     ranks = selfmis.join_ranks(config.device, config.seed)
-    selfmis.import_optional("matplotlib.figure", "drawing roc.png")  # not after hours
+    selfmis.import_optional("matplotlib.figure", "drawing roc.png")  # now, not after hours
+    selfmis.import_optional("scipy.optimize", "calibrating")
     out = selfmis.open_run(config)
     if config.resume and (out / "results.json").exists():
         return add_comparisons(config, out, ranks)
@@ -294,9 +297,8 @@ class FeatureExtractor:
 
     def features(self, rows: np.ndarray) -> torch.Tensor:
         """(N, D) float32 of these rows, in one pass that all processes share."""
-        mine = rows[self.ranks.rank :: self.ranks.world_size]
         parts = [torch.empty(0, self.encoder.embedding_dim)]
-        for signals in self.batches([mine[i : i + 256] for i in range(0, len(mine), 256)]):
+        for signals in self.batches(self.ranks.share(rows)):
             parts.append(selfmis.embed(self.encoder, signals, self.ranks.device))
         return self.ranks.gather_rows(torch.cat(parts), len(rows))
 
@@ -521,7 +523,7 @@ def finetune(
     if last is None:
         save_last(run)
     else:
-        learner.restore(last, split["train"])
+        learner.restore(last, split["train"], split["val"])
         run.epoch, run.best, run.best_epoch = last["epoch"], last["best"], last["best_epoch"]
         ranks.print(f"{out}: going on at epoch {run.epoch + 1}")
     while run.epoch < config.epochs and run.epoch - run.best_epoch < config.patience:
@@ -595,7 +597,7 @@ def finish_epoch(run: Finetuning, entry: dict, auc: float) -> None:
 def network(run: Finetuning) -> dict:
     """Encoder and head as checkpoints hold them."""
     layer = run.model.head
-    head = layer.weight.detach().cpu().clone(), layer.bias.detach().cpu().clone()
+    head = layer.weight.detach().cpu(), layer.bias.detach().cpu()
     content = selfmis.encoder_content(run.model.encoder, run.extractor.spec, run.training_data)
     content |= dict(kind="finetune", head=head, classes=list(STATEMENTS), config=vars(run.config))
     return content | selfmis.environment()
@@ -605,7 +607,7 @@ def save_last(run: Finetuning) -> None:
     """Everything that --resume needs; the order of records is a function of (seed, epoch)."""
     if not run.extractor.ranks.is_main:
         return
-    content = network(run) | run.learner.state(run.split["train"])
+    content = network(run) | run.learner.state(run.split["train"], run.split["val"])
     content |= dict(epoch=run.epoch, best=run.best, best_epoch=run.best_epoch)
     content |= dict(minutes=(time.time() - run.started) / 60)
     content |= dict(world_size=run.extractor.ranks.world_size)
@@ -726,8 +728,8 @@ def any_infarct(scores: list, y: np.ndarray, patients: np.ndarray) -> dict[str, 
     found = {}
     everybody = np.ones_like(infarct)
     for other, rows in (("others", everybody), ("NORM", infarct | (y[:, NORM] > 0))):
-        columns = [score[rows, None] for score in scores]
-        auc, draws = mean_auc(columns, infarct[rows, None], patients[rows])
+        one_column = [score[rows, None] for score in scores]  # (N, 1) each
+        auc, draws = mean_auc(one_column, infarct[rows, None], patients[rows])
         entry = interval_entry(draws[:, 0], infarct[rows])
         negatives = int((~infarct[rows]).sum())
         found[other] = dict(auc=float(auc[0]), negatives=negatives) | entry
@@ -740,8 +742,7 @@ def fit_temperature(logits: np.ndarray, y: np.ndarray) -> float:
     A temperature for each statement, or a shift, fits a fold's few positives and was worse on the
     fold's other half.
     """
-    from scipy.optimize import minimize_scalar
-
+    optimize = selfmis.import_optional("scipy.optimize", "calibrating")
     logits = torch.from_numpy(logits).double()
     target = torch.from_numpy(y).double()
 
@@ -749,7 +750,7 @@ def fit_temperature(logits: np.ndarray, y: np.ndarray) -> float:
         scaled = logits / math.exp(log_temperature)
         return float(F.binary_cross_entropy_with_logits(scaled, target))
 
-    return math.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x)
+    return math.exp(optimize.minimize_scalar(loss, bounds=(-7, 7), method="bounded").x)
 
 
 def detector_content(head: TrainedHead, y_val: np.ndarray) -> dict:

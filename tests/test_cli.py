@@ -128,13 +128,33 @@ def test_without_data_the_demonstration_says_what_it_is(capsys):
     assert (config.size, config.sample_rate, config.baseline) == (None, None, True)
 
 
+def test_settings_are_said_as_somebody_would_type_them():
+    said = selfmis.as_flags(dict(seed=0, weight_decay=0.0, strict=True, resume=False, limit=None))
+    assert said == "--seed 0 --weight-decay 0.0 --strict no --resume no --limit"
+
+
+def test_a_gpu_without_memory_is_one_sentence(monkeypatch, capsys):
+    def main(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr("sys.argv", ["train_probe.py", "--data", "a"])
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(SystemExit, match="2"):
+        selfmis.run_script(main, ProbeConfig, "")
+    sentence = "error: the GPU's memory does not suffice; lower --batch-size"
+    assert capsys.readouterr().err.startswith(sentence)
+
+
 @pytest.mark.parametrize("config_class", CONFIGS.values())
 def test_help_shows_defaults_in_groups(config_class, capsys):
     with pytest.raises(SystemExit) as exit:
         selfmis.parse_flags(config_class, "what it does", ["--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0 and "what it does" in text
-    assert "(default: 20)" in text and "--val-fold" in text
+    assert "(default: 20)" in text and "of weights and order (default: 0)" in text
     shared, own = text.split("\nshared by both scripts:\n")[1].split("\nof this script:\n")
     names = {re.sub("_", "-", field.name) for field in dataclasses.fields(selfmis.Config)}
     assert set(re.findall(r"^  --([\w-]+)", shared, re.M)) == names

@@ -180,20 +180,40 @@ def test_resuming_a_finished_run_says_so_and_an_empty_folder_starts(
 def test_resuming_with_other_settings_is_refused_and_named(whole, ptbxl, tiny):
     with pytest.raises(UsageError, match="was started with --lr 0.01"):
         pretrain(settings(whole, ptbxl, tiny, resume=True, lr=0.02))
-    with pytest.raises(UsageError, match="was started with 1 processes x 16"):
+    with pytest.raises(UsageError, match="was started with 1 processes x 16 records; keep"):
         pretrain(settings(whole, ptbxl, tiny, resume=True, batch_size=8))
+    with pytest.raises(UsageError, match="was started with --seed 0, this is --seed 1"):
+        pretrain(settings(whole, ptbxl, tiny, resume=True, seed=1))
 
 
-def test_resuming_with_other_records_is_refused(tmp_path, ptbxl, tiny, monkeypatch):
+@pytest.mark.parametrize("fold", ["training", "validation"])
+def test_resuming_with_other_records_is_refused(tmp_path, ptbxl, tiny, monkeypatch, fold):
     root = tmp_path / "ptb-xl"
     shutil.copytree(ptbxl, root)
     interrupt(monkeypatch, selfmis, "save", 2)
     with pytest.raises(KeyboardInterrupt):
         pretrain(settings(tmp_path, root, tiny, cache="none"))
     monkeypatch.undo()
-    os.remove(root / "records100/00000/00000_lr.dat")
-    with pytest.raises(UsageError, match="other training records can be read"):
+    number = 8 if fold == "validation" else 0  # record i lies in fold i % 10 + 1
+    os.remove(root / f"records100/00000/{number:05}_lr.dat")
+    with pytest.raises(UsageError, match="other records can be read now than at the start"):
         pretrain(settings(tmp_path, root, tiny, cache="none", resume=True))
+
+
+def test_a_machine_that_does_not_see_the_run_is_refused(whole, ptbxl, tiny, monkeypatch):
+    config = settings(whole, ptbxl, tiny, resume=True)
+    two = selfmis.Ranks(0, 2, 1, torch.device("cpu"), "a group")
+    both = [(True, True), (False, False)]  # best.pt and last.pt, as each machine sees them
+    monkeypatch.setattr(selfmis.Ranks, "gather_objects", lambda ranks, mine: both)
+    with pytest.raises(UsageError, match="not every machine sees it; give a shared folder"):
+        selfmis.read_last(config, whole / "out", two)
+
+
+def test_the_encoder_stands_in_the_file_once(whole):
+    weights = torch.load(whole / "out/last.pt", weights_only=True)["model"]
+    numbers = sum(value.numel() for value in weights.values())
+    # Weights and two moments of AdamW, four bytes each.
+    assert (whole / "out/last.pt").stat().st_size < 4 * 4 * numbers
 
 
 def finetuning(folder, ptbxl, tiny, **more):
