@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from selfmis import ResNet1D, UsageError, siglip_loss, softmax_loss
+from selfmis import LOSSES, ResNet1D, SelfMIS, UsageError, siglip_loss, softmax_loss
 
 BOTH = pytest.mark.parametrize("loss", [siglip_loss, softmax_loss])
 
@@ -224,6 +224,27 @@ def test_softmax_loss_is_torchs_cross_entropy_of_scaled_cosines(B, N, offset, op
     torch.testing.assert_close(
         gradients(loss, single), gradients(expected, single), rtol=1e-10, atol=1e-14
     )
+
+
+# ---- the losses by name --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_named_loss_has_its_scale_bias_and_partners(name, offset):
+    single, multi = embeddings(3, 8)
+    if name == "softmax":
+        cosines = F.cosine_similarity(single[:, None], multi[None], dim=2)
+        expected = F.cross_entropy(cosines / 0.07, torch.arange(3) + offset).item()
+    else:
+        settings = {
+            "paper": (1 / 0.07, 0.0, True),
+            "learnable": (10.0, -10.0, True),
+            "raw": (0.07, 0.0, False),
+        }
+        expected = looped_loss(single, multi, *settings[name], offset)
+    loss = SelfMIS(torch.nn.Identity(), name).loss(single, multi, offset)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)  # t of "learnable" is a float32
 
 
 # ---- shapes --------------------------------------------------------------------------------------
