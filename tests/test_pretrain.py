@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import spy
 
 import selfmis
 import train_pretrain
@@ -161,6 +162,34 @@ def test_a_step_goes_down_the_gradient_of_its_own_loss_of_length_1_at_most():
     torch.testing.assert_close(model.weight.detach(), -short)
     learner.update((model.weight * long).sum())
     torch.testing.assert_close(model.weight.detach(), -short - long / 1000)
+
+
+def test_best_pt_is_of_the_epoch_of_the_lowest_validation_loss(tmp_path, ptbxl, tiny, monkeypatch):
+    losses = iter([1.0, 0.5, 0.7])
+    monkeypatch.setattr(train_pretrain, "validate", lambda run: {"val_loss": next(losses)})
+    main(make(tmp_path, ptbxl, tiny, epochs=3))
+    best = torch.load(tmp_path / "out/best.pt", weights_only=True)
+    last = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert (best["metrics"]["epoch"], best["metrics"]["val_loss"]) == (2, 0.5)
+    assert (last["epoch"], last["best"]) == (3, 0.5)
+
+
+def test_validation_loss_is_the_mean_over_whole_batches_of_strangers(
+    tmp_path, ptbxl, tiny, monkeypatch
+):
+    """8 records in threes: the last two are left out."""
+    monkeypatch.setattr(train_pretrain, "VALIDATION_BATCH", 3)
+    calls = spy(monkeypatch, train_pretrain, "validate")
+    main(make(tmp_path, ptbxl, tiny))
+    [((run,), metrics)] = calls
+    assert len(run.val_rows) == 8
+    assert run.val_rows.tolist() != sorted(run.val_rows)  # lists may be sorted by patient
+    losses = []
+    for signals, targets in run.pairs.batches([run.val_rows[:3], run.val_rows[3:6]]):
+        single = selfmis.embed(run.model.encoder, signals, torch.device("cpu"))
+        losses.append(run.model.loss(single, targets).item())
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert metrics["val_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
