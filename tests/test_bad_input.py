@@ -285,11 +285,18 @@ def test_the_same_number_however_written_agrees():
     assert selfmis.agree("sample_rate", 500.0, {"1_lead_ECGFounder.pth": 500}, 0) == 500
 
 
-def test_encoders_of_two_widths(tmp_path, ptbxl, tiny):
-    encoder = selfmis.ResNet1D(12, **TINY | dict(widths=(16, 48)))
-    other = selfmis.encoder_content(encoder, selfmis.InputSpec("all", 100, {}), [])
+@pytest.mark.parametrize(
+    "widths, lead, message",
+    [
+        ((16, 48), "all", "32 dimensions, --multi in 48"),
+        ((16, 32), "I", "was trained on lead I and zeros"),
+    ],
+)
+def test_teachers_that_do_not_fit(tmp_path, ptbxl, tiny, no_reading, widths, lead, message):
+    encoder = selfmis.ResNet1D(12, **TINY | dict(widths=widths))
+    other = selfmis.encoder_content(encoder, selfmis.InputSpec(lead, 100, {}), [])
     selfmis.save(tmp_path / "other.pt", other)
-    with pytest.raises(UsageError, match="32 dimensions, --multi in 48"):
+    with pytest.raises(UsageError, match=message):
         pretrain(make_pretrain(tmp_path, ptbxl, tiny, multi=str(tmp_path / "other.pt")))
 
 

@@ -170,10 +170,11 @@ def test_macro_auc_refuses_bad_input(y, score):
 # ---- bootstrap -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level, expected", [(0.95, (25, 975)), (0.5, (250, 750))])
-def test_interval_is_the_central_percentiles(level, expected):
+def test_interval_is_the_central_percentiles():
+    """Of 95 % by default."""
     values = np.random.default_rng(0).permutation(1001)
-    assert interval(values, level=level) == pytest.approx(expected)
+    assert interval(values) == pytest.approx((25, 975))
+    assert interval(values, level=0.5) == pytest.approx((250, 750))
 
 
 def test_interval_is_of_one_number():
@@ -191,10 +192,6 @@ def test_interval_is_of_one_number():
 def test_bootstrap_refuses_bad_input_by_name(y, groups, named):
     with pytest.raises(UsageError, match=named):
         bootstrap_auc(y, np.zeros(np.shape(y)), groups)
-
-
-def test_interval_level_is_95_percent_by_default():
-    assert interval(np.arange(1001)) == pytest.approx((25, 975))
 
 
 def test_bootstrap_interval_holds_the_point_value():

@@ -155,6 +155,9 @@ def published(tmp_path_factory):
     for leads in (1, 12):
         state = ruled_weights(GOLDEN[f"shapes{leads}"])
         path = save_as_published(state, tmp_path_factory.mktemp("published") / "ECGFounder.pth")
+        with zipfile.ZipFile(path) as archive:
+            content = archive.read("ECGFounder/data.pkl")
+        assert b"cnumpy.core.multiarray\nscalar\n" in content and b"numpy._core" not in content
         found[leads] = state, load_ecgfounder(path, leads)
         path.unlink()  # 120 MB
     return found
@@ -250,6 +253,14 @@ def test_train_and_eval_mode_are_the_same_function():
     assert torch.equal(encoder.train()(x), encoder.eval()(x))
 
 
+def test_the_mean_over_time_is_of_float32_also_under_autocast():
+    encoder, x = ruled_encoder(3, **SMALL).float(), torch.from_numpy(seeded(4, (2, 3, 77)))
+    with torch.autocast("cpu", torch.bfloat16):
+        embeddings = encoder(x)
+    assert embeddings.dtype == torch.float32
+    assert not torch.equal(embeddings, embeddings.bfloat16().float())  # nor rounded on the way
+
+
 def test_every_parameter_is_trainable_and_gets_a_gradient():
     encoder = ruled_encoder(3, **SMALL)
     encoder(torch.from_numpy(seeded(3, (2, 3, 77))).double()).square().sum().backward()
@@ -297,13 +308,6 @@ def test_input_of_another_shape_is_refused_by_name(shape, named):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_the_made_file_is_as_numpy_1_wrote_it(tmp_path):
-    path = save_as_published({}, tmp_path / "tiny.pth")
-    with zipfile.ZipFile(path) as archive:
-        [content] = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-    assert b"cnumpy.core.multiarray\nscalar\n" in content and b"numpy._core" not in content
-
-
 @pytest.mark.parametrize("leads", [1, 12])
 def test_published_file_loads_every_weight_and_is_in_eval_mode(published, leads):
     state, encoder = published[leads]
@@ -334,13 +338,6 @@ def test_every_missing_key_is_named(tmp_path):
         tmp_path, {key: w for key, w in hollow().items() if key not in (CONV, GATE)}
     )
     assert CONV in message and GATE in message
-
-
-def test_misspelt_key_is_named_in_both_spellings(tmp_path):
-    state, wrong = hollow(), GATE.replace("se_fc2", "se_fc_2")
-    state[wrong] = state.pop(GATE)
-    message = load_error(tmp_path, state)
-    assert wrong in message and GATE in message
 
 
 @pytest.mark.parametrize(
@@ -461,7 +458,7 @@ def test_files_that_are_no_checkpoints_get_a_sentence(tmp_path, text):
         (torch.zeros(2, 3, 100, dtype=torch.float64), "float64"),
         (torch.zeros(2, 3, 100, dtype=torch.int64), "int64"),
         (torch.zeros(2, 3, 100, dtype=torch.float16), "float16"),
-        (np.zeros((2, 3, 100), np.float32), "numpy|ndarray|tensor"),  # LEAD: says float32 twice
+        (np.zeros((2, 3, 100), np.float32), "ndarray"),
     ],
     ids=["float64", "int64", "float16", "array"],
 )
@@ -491,12 +488,8 @@ def test_data_set_refuses_what_are_no_records(records, named):
         SelfCuttingDataset(records, leads=LEADS)
 
 
-def test_embed_takes_arrays_or_says_that_it_does_not():
-    # LEAD: AttributeError: 'numpy.ndarray' object has no attribute 'to'
+def test_embed_takes_arrays():
     encoder = ResNet1D(3, **SMALL)
-    x = np.zeros((2, 3, 100), np.float32)
-    try:
-        found = embed(encoder, x, torch.device("cpu"))
-    except UsageError:
-        return
+    x = seeded(4, (2, 3, 100))
+    found = embed(encoder, x, torch.device("cpu"))
     assert torch.equal(found, embed(encoder, torch.from_numpy(x), torch.device("cpu")))

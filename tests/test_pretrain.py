@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import spy
 
 import selfmis
 import train_pretrain
-from train_pretrain import PretrainConfig, main, split
+from train_pretrain import PretrainConfig, Training, main, split
 
 ALONE = selfmis.Ranks(0, 1, 1, torch.device("cpu"))
 
@@ -109,6 +110,86 @@ def test_the_teacher_is_frozen_and_every_trained_parameter_moves(
     end = torch.load(tmp_path / "out/last.pt", weights_only=True)["model"]
     assert all(not torch.equal(start[key], end[f"encoder.{key}"]) for key in start)
     assert end["bias"] != -10
+
+
+def test_t_and_b_have_a_group_of_their_own_without_weight_decay():
+    model = selfmis.SelfMIS(torch.nn.Linear(2, 2), "learnable")
+    optimizer = train_pretrain.make_optimizer(model, PretrainConfig(loss="learnable"))
+    encoder, others = optimizer.param_groups
+    assert encoder["params"] == list(model.encoder.parameters())
+    assert others["params"] == [model.log_scale, model.bias]
+    assert (encoder["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_each_step_has_its_learning_rates_and_its_records(tmp_path, ptbxl, tiny, monkeypatch):
+    """Warm-up, then one cosine over all epochs, for the encoder and for t and b."""
+    rates, batches = [], []
+
+    def step_loss(run, rows, *more, real=Training.step_loss):
+        rates.append([group["lr"] for group in run.learner.optimizer.param_groups])
+        batches.append(rows)
+        return real(run, rows, *more)
+
+    monkeypatch.setattr(Training, "step_loss", step_loss)
+    config = make(tmp_path, ptbxl, tiny, loss="learnable", lr=1e-3, warmup=3, epochs=2)
+    main(config)
+    assert rates == [
+        [selfmis.cosine_lr(peak, step, 8, warmup=3) for peak in (1e-3, 1e-2)] for step in range(8)
+    ]
+    train, _ = split(selfmis.find_records(str(ptbxl), sample_rate_hz=100), config, ALONE)
+    expected = [selfmis.epoch_batches(train, config, epoch, ALONE) for epoch in (0, 1)]
+    np.testing.assert_array_equal(batches, np.concatenate(expected))
+
+
+def test_each_seed_and_epoch_has_an_order_of_its_own():
+    rows = np.arange(100, 140)
+    orders = [rows]
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        config = PretrainConfig(seed=seed, batch_size=8)
+        orders.append(np.concatenate(selfmis.epoch_batches(rows, config, epoch, ALONE)))
+        assert sorted(orders[-1]) == rows.tolist()
+    assert len(np.unique(orders, axis=0)) == 4
+
+
+def test_a_step_goes_down_the_gradient_of_its_own_loss_of_length_1_at_most():
+    """Gradients of norms 0.5 and 1000, one after the other."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    learner = selfmis.Learner(model, optimizer, PretrainConfig(amp="off"), ALONE)
+    short, long = torch.tensor([[0.3, 0.4]]), torch.tensor([[600.0, -800.0]])
+    learner.update((model.weight * short).sum())
+    torch.testing.assert_close(model.weight.detach(), -short)
+    learner.update((model.weight * long).sum())
+    torch.testing.assert_close(model.weight.detach(), -short - long / 1000)
+
+
+def test_best_pt_is_of_the_epoch_of_the_lowest_validation_loss(tmp_path, ptbxl, tiny, monkeypatch):
+    losses = iter([1.0, 0.5, 0.7])
+    monkeypatch.setattr(train_pretrain, "validate", lambda run: {"val_loss": next(losses)})
+    main(make(tmp_path, ptbxl, tiny, epochs=3))
+    best = torch.load(tmp_path / "out/best.pt", weights_only=True)
+    last = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert (best["metrics"]["epoch"], best["metrics"]["val_loss"]) == (2, 0.5)
+    assert (last["epoch"], last["best"]) == (3, 0.5)
+
+
+def test_validation_loss_is_the_mean_over_whole_batches_of_strangers(
+    tmp_path, ptbxl, tiny, monkeypatch
+):
+    """8 records in threes: the last two are left out."""
+    monkeypatch.setattr(train_pretrain, "VALIDATION_BATCH", 3)
+    calls = spy(monkeypatch, train_pretrain, "validate")
+    main(make(tmp_path, ptbxl, tiny))
+    [((run,), metrics)] = calls
+    assert len(run.val_rows) == 8
+    assert run.val_rows.tolist() != sorted(run.val_rows)  # lists may be sorted by patient
+    losses = []
+    for signals, targets in run.pairs.batches([run.val_rows[:3], run.val_rows[3:6]]):
+        single = selfmis.embed(run.model.encoder, signals, torch.device("cpu"))
+        losses.append(run.model.loss(single, targets).item())
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    assert metrics["val_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
