@@ -113,7 +113,7 @@ def test_half_of_each_lead_is_blank(ecg):
 # --------------------------------------------------------------------------------------------------
 
 
-def settings(tmp_path, ptbxl, config_class=clocs.ClocsConfig, **changed):
+def make_config(tmp_path, ptbxl, config_class=clocs.ClocsConfig, **changed):
     default = dict(data=[str(ptbxl)], size="small", sample_rate=100, epochs=2, batch_size=8)
     default |= dict(workers=0, cache=str(tmp_path / "cache"), warmup=0, out=str(tmp_path / "out"))
     return config_class(**default | changed)
@@ -139,14 +139,14 @@ def test_the_halves_shown_by_self_cut():
 def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
     tmp_path, ptbxl, monkeypatch, capsys, more
 ):
-    config = settings(tmp_path, ptbxl, **more)
+    config = make_config(tmp_path, ptbxl, **more)
     common.main(clocs.CLOCS, config)
     command = f"train_probe.py --encoder {tmp_path / 'out/best.pt'} --data {ptbxl} --lead I\n"
     assert command in capsys.readouterr().out
     losses = [entry["train_loss"] for entry in epochs(tmp_path / "out")]
     assert losses[1] < losses[0] and np.isfinite(epochs(tmp_path / "out")[1]["val_loss"])
 
-    cut = settings(tmp_path, ptbxl, out=str(tmp_path / "cut"), **more)
+    cut = make_config(tmp_path, ptbxl, out=str(tmp_path / "cut"), **more)
     with stopped_after_an_epoch(monkeypatch):
         common.main(clocs.CLOCS, cut)
     common.main(clocs.CLOCS, dataclasses.replace(cut, resume=True))
@@ -192,7 +192,7 @@ def test_a_run_learns_resumes_to_the_same_weights_and_is_probed(
 )
 def test_the_others_run_too_and_their_encoders_open(tmp_path, ptbxl, name, more):
     method, config_class = METHODS[name]
-    entry = common.main(method, settings(tmp_path, ptbxl, config_class, epochs=1, **more))
+    entry = common.main(method, make_config(tmp_path, ptbxl, config_class, epochs=1, **more))
     assert math.isfinite(entry["train_loss"]) and math.isfinite(entry["val_loss"])
     encoder = selfmis.load_encoder(tmp_path / "out/best.pt").eval()
     x = torch.randn(3, encoder.leads, 1000)
@@ -230,7 +230,7 @@ def test_a_collapse_stops_before_anything_is_saved_and_again_on_resume(tmp_path,
         def check(self, metrics):
             raise UsageError("collapsed")
 
-    config = settings(tmp_path, ptbxl, network="resnet", epochs=1)
+    config = make_config(tmp_path, ptbxl, network="resnet", epochs=1)
     for changed in (config, dataclasses.replace(config, resume=True)):
         with pytest.raises(UsageError, match="collapsed"):
             common.main(Collapsing, changed)
@@ -250,7 +250,7 @@ def test_the_budget_follows_from_the_size_and_flags_go_before_it():
 
 @pytest.mark.parametrize("name", ["w2v_cmsc", "heartlang", "synthetic_pretraining"])
 def test_two_processes_train_together(tmp_path, ptbxl, name):
-    config = settings(tmp_path, ptbxl, METHODS[name][1], epochs=1, leads=1)
+    config = make_config(tmp_path, ptbxl, METHODS[name][1], epochs=1, leads=1)
     if name == "heartlang":
         config.vocabulary_epochs = 1
     start = heartlang.train if name == "heartlang" else partial(common.main, METHODS[name][0])

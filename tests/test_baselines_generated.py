@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from methods import GENERATIVE as METHODS
+from methods import GENERATIVE
 from probes import write_probe
 
 import selfmis
@@ -35,7 +35,7 @@ def normal(*shape, seed=0):
     ],
 )
 def test_parameters(name, published, small):
-    method, config = METHODS[name]
+    method, config = GENERATIVE[name]
     with torch.device("meta"):
         assert count(method(config())) == published
         assert count(method(config(size="small"))) == small
@@ -153,7 +153,7 @@ def test_what_a_judge_loses():
 @pytest.mark.parametrize("name", ["pix2pix", "cyclegan", "ekgan"])
 def test_each_side_learns_from_its_own_loss(name, monkeypatch):
     """Without the judges' loss no judge has a gradient, and only with it do judges have one."""
-    method_class, config = METHODS[name]
+    method_class, config = GENERATIVE[name]
     torch.manual_seed(0)
     method = method_class(config(size="small"))
     x = 0.2 * normal(2, 12, 1000)
@@ -266,7 +266,7 @@ def test_made_written_scored_and_drawn(tmp_path, ptbxl, capsys):
     shared = ["--data", str(ptbxl), "--val-fold", "8", "--test-fold", "9"]
     settings = dict(data=[str(ptbxl)], size="small", batch_size=8, workers=0, epochs=1)
     settings |= dict(val_fold=8, test_fold=9, cache=str(tmp_path / "cache"))
-    for name, (method, config) in METHODS.items():
+    for name, (method, config) in GENERATIVE.items():
         common.main(method, config(**settings, out=str(tmp_path / name)))
         with pytest.raises(UsageError, match="a network '(UNet|MCMA)Generator'"):
             selfmis.load_encoder(tmp_path / name / "best.pt")
