@@ -32,14 +32,6 @@ def draws(seed=0):
     return common.random_stream(seed)
 
 
-def limbs_agree(ecg):
-    """Einthoven's law and Goldberger's leads."""
-    one, two, three, right, left, foot = ecg[:, :6].unbind(1)
-    torch.testing.assert_close(one + three, two, rtol=0, atol=1e-5)
-    torch.testing.assert_close(right + left + foot, 0 * one, rtol=0, atol=1e-5)
-    torch.testing.assert_close(left - right, 1.5 * one, rtol=0, atol=1e-5)
-
-
 def test_a_segment_is_five_seconds_of_its_own_record():
     x = torch.arange(3 * 1000.0).view(3, 1, 1000).expand(3, 12, 1000)
     found = common.random_segment(x, draws())
@@ -61,19 +53,14 @@ def test_a_view_is_scored_as_a_record_is_and_a_flat_one_stays_flat(ecg):
 def test_disturbances_obey_the_limb_leads(ecg, strength):
     for rate in (100, 500):
         view = simclr.augment(ecg, draws(), rate, strength)
-        limbs_agree(view)
+        one, two, three, right, left, foot = view[:, :6].unbind(1)
+        torch.testing.assert_close(one + three, two, rtol=0, atol=1e-5)
+        torch.testing.assert_close(right + left + foot, 0 * one, rtol=0, atol=1e-5)
+        torch.testing.assert_close(left - right, 1.5 * one, rtol=0, atol=1e-5)
         assert not torch.equal(view, ecg)
         torch.testing.assert_close(view, simclr.augment(ecg, draws(), rate, strength))
     none = strength._replace(probability=0.0)
     torch.testing.assert_close(simclr.augment(ecg, draws(), 500, none), ecg)
-
-
-def test_powerline_stays_away_at_100_hz(ecg):
-    hum = simclr.PUBLISHED._replace(muscle=0, wander=0, step=0.0, shift=(0.0, 0.0))
-    torch.testing.assert_close(simclr.augment(ecg, draws(), 100, hum), ecg)
-    noise = simclr.augment(ecg, draws(), 500, hum)[:, 0] - ecg[:, 0]  # (8, 500): one second
-    power = torch.fft.rfft(noise).abs() ** 2
-    assert set(power.argmax(1).tolist()) <= {50, 60} and noise.abs().max() <= 0.5
 
 
 def test_the_dipole_there_and_back():
@@ -84,28 +71,12 @@ def test_the_dipole_there_and_back():
     assert float(kept.trace()) == pytest.approx(3)
 
 
-def test_no_turn_is_no_change_and_a_turn_is_a_rotation(ecg):
+def test_no_turn_is_no_change(ecg):
     angles, factors = torch.zeros(8, 3), torch.ones(8, 3)
     torch.testing.assert_close(three_kg.turn(ecg, angles, factors, published=False), ecg)
     kept = three_kg.DOWER @ three_kg.INVERSE_DOWER
     found = three_kg.turn(ecg, angles, factors, published=True)
     torch.testing.assert_close(found[:, three_kg.INDEPENDENT], kept @ ecg[:, three_kg.INDEPENDENT])
-    angles, factors = three_kg.random_turn(500, draws())
-    R = three_kg.rotation(angles.double())
-    torch.testing.assert_close(R @ R.mT, torch.eye(3).double().expand(500, 3, 3))
-    torch.testing.assert_close(torch.linalg.det(R), torch.ones(500).double())
-    assert math.pi / 4.1 < angles.abs().max() <= math.pi / 4
-    assert factors.min() >= 1 and 1.49 < factors.max() <= 1.5
-    for published in (False, True):
-        limbs_agree(three_kg.turn(ecg, angles[:8], factors[:8], published))
-
-
-def test_half_of_each_lead_is_blank(ecg):
-    blank = three_kg.blank_half(ecg + 100, draws())
-    assert ((blank == 0).sum(2) == 250).all()
-    assert len(set((blank == 0).double().argmax(2).flatten().tolist())) > 20  # windows of their own
-    changes = (blank == 0).diff(dim=2).sum(2)
-    assert (changes <= 2).all()  # one window, which may go round the end
 
 
 # --------------------------------------------------------------------------------------------------

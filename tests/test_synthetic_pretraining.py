@@ -302,13 +302,14 @@ def test_records_without_any_label_are_refused(tmp_path):
     synthetic_pretraining.main(make_config(tmp_path, tmp_path / "wfdb", network="gru", alpha=1.0))
 
 
-def test_the_labels_are_those_of_the_batch(tmp_path, ptbxl, tiny_networks, monkeypatch):
+def test_labels_and_patients_are_those_of_the_batch(tmp_path, ptbxl, tiny_networks, monkeypatch):
     read = spy(monkeypatch, common.BaselineTraining, "patients")
     trained = spy(monkeypatch, SyntheticPretraining, "forward")
     synthetic_pretraining.main(make_config(tmp_path, ptbxl, network="gru", epochs=1))
     records = selfmis.find_records(str(ptbxl), sample_rate_hz=100)
     assert len(read) == 9  # eight steps, one batch that validates
-    for ((_, rows), _), ((*_, labels), _) in zip(read, trained, strict=True):
+    for ((_, rows), patients), ((*_, labels), _) in zip(read, trained, strict=True):
+        assert np.array_equal(records.patient_keys()[rows], patients.numpy())
         assert np.array_equal(records.labels[rows], labels.numpy())
 
 
