@@ -8,8 +8,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import made_up, run_forked, stopped_after_an_epoch
-from methods import METHODS
+from conftest import TINY, made_up, run_forked, stopped_after_an_epoch
+from methods import GENERATIVE, METHODS
 
 import selfmis
 import train_probe
@@ -217,6 +217,71 @@ def test_the_budget_follows_from_the_size_and_flags_go_before_it():
         schedule = (config.epochs, config.batch_size, config.lr, config.warmup)
         assert (config.sample_rate, *schedule) == budget
     assert common.with_budget(clocs.ClocsConfig(size="small", lr=1.0), clocs.CLOCS).lr == 1.0
+
+
+@pytest.mark.parametrize(
+    "name, betas, weight_decay",
+    [
+        ("clocs", (0.9, 0.98), 0.01),
+        ("st_mem", (0.9, 0.95), 0.01),
+        ("pix2pix", (0.5, 0.999), 0.0),
+        ("mcma", (0.9, 0.999), 0.0),
+    ],
+)
+def test_the_optimizer_is_adamw_with_the_constants_of_the_method(name, betas, weight_decay):
+    method_class, config_class = (METHODS | GENERATIVE)[name]
+    config = common.with_budget(config_class(size="small", lr=0.3), method_class)
+    with torch.device("meta"):
+        method = method_class(config)
+    optimizer = common.make_optimizer(method, config)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    (group,) = optimizer.param_groups
+    assert len(group["params"]) == len(list(method.parameters()))
+    assert (group["betas"], group["weight_decay"]) == (betas, weight_decay)
+    assert (group["eps"], group["peak"]) == (1e-6, 0.3)
+
+
+@pytest.fixture
+def tiny_resnet(monkeypatch):
+    """What --network resnet --size small builds."""
+    monkeypatch.setitem(selfmis.SIZES, "small", TINY)
+
+
+def test_a_method_knows_the_progress_and_validates_without_dropout(tmp_path, ptbxl, tiny_resnet):
+    is_training, progress = [], []
+
+    class Watched(clocs.CLOCS):
+        def forward(self, *inputs):
+            is_training.append(self.training)
+            if self.training:
+                progress.append(self.progress)
+            return super().forward(*inputs)
+
+    common.main(Watched, make_config(tmp_path, ptbxl, network="resnet"))
+    assert is_training == 2 * (8 * [True] + [False])
+    assert progress == [step / 16 for step in range(16)]
+
+
+@pytest.mark.parametrize("name", ["clocs", "three_kg"])
+def test_two_processes_end_in_the_weights_of_one(
+    tmp_path, ptbxl, mimic, tiny_resnet, monkeypatch, name
+):
+    """With a network and views that draw nothing; some patients have two records."""
+    monkeypatch.setattr(three_kg, "random_segment", lambda ecg, draw: ecg[..., :500])
+    monkeypatch.setattr(three_kg, "turn", lambda ecg, *_: ecg)
+    monkeypatch.setattr(three_kg, "blank_half", lambda x, draw: x)
+    method, config_class = METHODS[name]
+    more = dict(network="resnet", amp="off", epochs=1, lr=0.01, out=str(tmp_path / "one"))
+    one = make_config(tmp_path, ptbxl, config_class, **more)
+    one.data.append(str(mimic))
+    two = dataclasses.replace(one, out=str(tmp_path / "two"), batch_size=4)
+    common.main(method, one)
+    assert run_forked(2, partial(common.main, method), two) == [0, 0]
+    expected, found = (selfmis.read_checkpoint(tmp_path / o / "last.pt") for o in ("one", "two"))
+    for key, value in expected["model"].items():
+        torch.testing.assert_close(found["model"][key], value, rtol=1e-4, atol=2e-5, msg=key)
+    val_loss = expected["last_entry"]["val_loss"]
+    assert found["last_entry"]["val_loss"] == pytest.approx(val_loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["w2v_cmsc", "heartlang", "synthetic_pretraining"])
