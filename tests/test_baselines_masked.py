@@ -119,6 +119,13 @@ def test_the_quantiser_takes_a_codeword_of_each_group(training):
         assert (codes == torch.tensor([3, 1])).all() and quantiser.choose.weight.grad.any()
 
 
+def test_usage_is_the_mean_over_processes(monkeypatch):
+    quantiser, latents = Quantiser(5, 3), normal(2, 4, 256)
+    here, elsewhere = quantiser(latents, 1.0)[2], normal(2, 5).softmax(1)
+    monkeypatch.setattr(wav2vec2, "gather", lambda z: torch.cat([z, elsewhere[None]]))
+    assert_close(quantiser(latents, 1.0)[2], (here + elsewhere) / 2)
+
+
 def test_a_hole_is_compared_with_its_target_and_with_other_holes_of_its_segment():
     B, M, K = 3, 6, 500
     predicted, targets = normal(B, M, 7).double(), normal(B, M, 7, seed=1).double()
@@ -244,14 +251,16 @@ def test_how_many_leads_stay_other_ones_in_each_half(monkeypatch, settings, expe
 
 
 @torch.no_grad()
-def test_the_loss_is_that_of_the_holes_plus_that_of_the_pairs(monkeypatch):
+def test_the_loss_is_that_of_the_holes_plus_that_of_the_pairs_of_all_processes(monkeypatch):
+    """Another process has the same embeddings backwards."""
     method = make_method(W2VCMSC)
+    monkeypatch.setattr(w2v_cmsc, "gather", lambda z: torch.cat([z, z.flip(1)]))
     calls = spy(monkeypatch, method, "fill_holes")
     loss, numbers = method(normal(3, 12, 1000), None, random_stream(0))
     ((_, (of_holes, context, _)),) = calls
-    z = context.double().mean(1)
-    s = F.cosine_similarity(z[:3, None], z[None, 3:], dim=-1) / 0.1
-    pairs = sum(float(r.exp().sum().log() - r[i]) / 6 for i in range(3) for r in (s[i], s[:, i]))
+    first, second = (torch.cat([z, z.flip(1)]) for z in context.double().mean(1).chunk(2))
+    s = F.cosine_similarity(first[:, None], second[None], dim=-1) / 0.1
+    pairs = sum(float(r.exp().sum().log() - r[i]) / 12 for i in range(6) for r in (s[i], s[:, i]))
     assert float(loss - of_holes) == pytest.approx(pairs, rel=1e-4)
     assert float(numbers["contrastive"]) == pytest.approx(pairs, rel=1e-5)
 
