@@ -2,12 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from methods import GENERATIVE as METHODS
+from conftest import spy
+from methods import GENERATIVE
 from probes import write_probe
 
 import selfmis
@@ -35,7 +37,7 @@ def normal(*shape, seed=0):
     ],
 )
 def test_parameters(name, published, small):
-    method, config = METHODS[name]
+    method, config = GENERATIVE[name]
     with torch.device("meta"):
         assert count(method(config())) == published
         assert count(method(config(size="small"))) == small
@@ -153,7 +155,7 @@ def test_what_a_judge_loses():
 @pytest.mark.parametrize("name", ["pix2pix", "cyclegan", "ekgan"])
 def test_each_side_learns_from_its_own_loss(name, monkeypatch):
     """Without the judges' loss no judge has a gradient, and only with it do judges have one."""
-    method_class, config = METHODS[name]
+    method_class, config = GENERATIVE[name]
     torch.manual_seed(0)
     method = method_class(config(size="small"))
     x = 0.2 * normal(2, 12, 1000)
@@ -174,21 +176,70 @@ def test_each_side_learns_from_its_own_loss(name, monkeypatch):
         torch.testing.assert_close(without[key], full[key])
 
 
-def test_pix2pix_by_hand():
+def method_and_images(name, **settings):
+    """A method, two records in mV, and the pieces that it sees: lead I and twelve as images."""
+    method_class, config_class = GENERATIVE[name]
     torch.manual_seed(0)
-    method = pix2pix.Pix2Pix(pix2pix.Pix2PixConfig(size="small", error_weight=7.0)).eval()
+    method = method_class(config_class(size="small", **settings))
     method.encoder.scale.fill_(0.25)
     ecg = 0.2 * normal(2, 12, 1000)
-    with torch.no_grad():
-        loss, _ = method(ecg, None, common.random_stream(0))
-        piece = common.random_segment(ecg, common.random_stream(0), 512) / 0.25
-        given, true = gan.repeat_lead(piece[:, :1]), as_image(piece)
-        made = method.encoder.unet(given)[0]
-        p = torch.sigmoid(method.judge(torch.cat([given, made], 1)).double())
-        q = torch.sigmoid(method.judge(torch.cat([given, true], 1)).double())
-    expected = -p.log().mean() - q.log().mean() - (1 - p).log().mean()
-    expected = expected + 7 * (made - true).abs().mean()
+    piece = common.random_segment(ecg, common.random_stream(0), 512) / 0.25
+    return method, ecg, gan.repeat_lead(piece[:, :1]), as_image(piece)
+
+
+def fooled_and_judged(judge, true, made):
+    """The losses of a generator and of its judge, from the judge's probabilities."""
+    p, q = (torch.sigmoid(judge(image).double()) for image in (made, true))
+    return -p.log().mean(), -q.log().mean() - (1 - p).log().mean()
+
+
+@torch.no_grad()
+def test_pix2pix_by_hand():
+    method, ecg, given, true = method_and_images("pix2pix", error_weight=7.0)
+    loss, _ = method(ecg, None, common.random_stream(0))
+    made = method.encoder.unet(given)[0]
+    pairs = (torch.cat([given, image], 1) for image in (true, made))
+    fooled, judged = fooled_and_judged(method.judge, *pairs)
+    expected = fooled + judged + 7 * (made - true).abs().mean()
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@torch.no_grad()
+def test_cyclegan_by_hand():
+    method, ecg, single, multi = method_and_images("cyclegan")
+    loss, _ = method(ecg, None, common.random_stream(0))
+
+    def there(image):
+        return method.encoder.unet(image)[0]
+
+    def back(image):
+        return method.back(image)[0]
+
+    fooled_multi, judged_multi = fooled_and_judged(method.judge_multi, multi, there(single))
+    fooled_single, judged_single = fooled_and_judged(method.judge_single, single, back(multi))
+    circles = (back(there(single)) - single).abs().mean()
+    circles = circles + (there(back(multi)) - multi).abs().mean()
+    kept = (there(multi) - multi).abs().mean() + (back(single) - single).abs().mean()
+    expected = fooled_multi + fooled_single + 10 * circles + 2.5 * kept
+    expected = expected + (judged_multi + judged_single) / 2
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_ekgan_by_hand_and_the_label_network_learns_from_its_own_error_alone():
+    method, ecg, given, true = method_and_images("ekgan")
+    loss, _ = method(ecg, None, common.random_stream(0))
+    loss.backward()
+    made, narrowest = method.encoder.unet(given)
+    drawn, known = method.label(true)
+    pairs = (torch.cat([given, image], 1) for image in (true, made))
+    fooled, judged = fooled_and_judged(method.judge, *pairs)
+    label_error = (drawn - true).abs().mean()
+    expected = fooled + judged + 50 * (made - true).abs().mean()
+    expected = expected + (narrowest - known).abs().mean() + label_error
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    gradients = torch.autograd.grad(label_error, list(method.label.parameters()))
+    for p, gradient in zip(method.label.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
 
 
 def test_circles_of_networks_that_change_nothing_are_closed(monkeypatch):
@@ -262,11 +313,23 @@ def test_filters_that_made_the_leads_are_found():
     np.testing.assert_allclose(generated.apply_filters(ecg[0, 0], filters), ecg[0], atol=1e-4)
 
 
+def test_filters_are_fitted_on_the_training_folds_and_applied_to_the_test_fold(
+    tmp_path, ptbxl, monkeypatch
+):
+    read = spy(monkeypatch, generated, "read_mv")
+    command = ["make", "fir", "--sample-rate", "100", "--out", str(tmp_path), "--data", str(ptbxl)]
+    generated.main([*command, "--val-fold", "8", "--test-fold", "9"])
+    folds = [set(records.folds.tolist()) for (records, _), _ in read]
+    assert folds == [{1, 2, 3, 4, 5, 6, 7, 10}, {9}]
+    names = json.loads((tmp_path / "generated.json").read_text())["records"]
+    assert {int(Path(name).name[:5]) % 10 + 1 for name in names} == {9}  # as ptbxl deals them out
+
+
 def test_made_written_scored_and_drawn(tmp_path, ptbxl, capsys):
     shared = ["--data", str(ptbxl), "--val-fold", "8", "--test-fold", "9"]
     settings = dict(data=[str(ptbxl)], size="small", batch_size=8, workers=0, epochs=1)
     settings |= dict(val_fold=8, test_fold=9, cache=str(tmp_path / "cache"))
-    for name, (method, config) in METHODS.items():
+    for name, (method, config) in GENERATIVE.items():
         common.main(method, config(**settings, out=str(tmp_path / name)))
         with pytest.raises(UsageError, match="a network '(UNet|MCMA)Generator'"):
             selfmis.load_encoder(tmp_path / name / "best.pt")

@@ -1,5 +1,6 @@
 """HeartLang: words, their vocabulary and the prediction of masked ones, against plain loops."""
 
+import copy
 import dataclasses
 import math
 import shutil
@@ -216,6 +217,22 @@ def test_codes_go_a_hundredth_of_the_way_to_their_words(vocabulary):
     assert_close(vocabulary.codes, codes, rtol=0, atol=1e-6)
     assert torch.equal(vocabulary.idle, idle)
     assert_close(vocabulary.codes.norm(dim=1), torch.ones(512))
+
+
+def test_codes_go_to_the_words_of_all_processes(vocabulary, monkeypatch):
+    z, taken = unit_vectors(6), torch.tensor([7, 7, 2, 7, 2, 500])
+    together = copy.deepcopy(vocabulary)
+    together.move_codes(z, taken)
+
+    def add_those_of_the_other(total):
+        words_or_ones = z[3:] if total.dim() == 2 else torch.ones(3, dtype=torch.int64)
+        total.index_add_(0, taken[3:], words_or_ones)
+
+    monkeypatch.setattr(heartlang.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(heartlang.dist, "all_reduce", add_those_of_the_other)
+    vocabulary.move_codes(z[:3], taken[:3])
+    assert_close(vocabulary.codes, together.codes)
+    assert torch.equal(vocabulary.idle, together.idle)
 
 
 def test_codes_that_are_idle_for_long_become_words(vocabulary):

@@ -18,33 +18,33 @@ from selfmis import UsageError
 
 assert_close = torch.testing.assert_close
 CONFIGS = {Wav2Vec2: Wav2Vec2Config, W2VCMSC: W2VCMSCConfig, STMEM: STMEMConfig}
-METHODS = pytest.mark.parametrize("kind", CONFIGS)
+KINDS = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=random_stream(seed))
 
 
-def make(kind, device="cpu", **settings):
+def make_method(kind, device="cpu", **settings):
     torch.manual_seed(0)
     with torch.device(device):
         return kind(CONFIGS[kind](**dict(size="small") | settings)).eval()
 
 
 @pytest.mark.parametrize("size", ["published", "small"])
-@METHODS
+@KINDS
 def test_parameters(kind, size):
     counts = (88_501_985, 4_195_546) if kind is STMEM else (90_883_072, 3_847_840)
-    method = make(kind, "meta", size=size)
+    method = make_method(kind, "meta", size=size)
     assert sum(p.numel() for p in method.parameters()) == counts[size == "small"]
     norms = {layer.pre_norm for layer in method.modules() if isinstance(layer, Layer)}
     assert norms == {kind is STMEM}
 
 
-@METHODS
+@KINDS
 def test_every_parameter_learns_and_flat_pieces_stay_finite(kind):
     """A parameter without a gradient would stop training in several processes."""
-    method, ecg = make(kind).train(), normal(4, 12, 1000)
+    method, ecg = make_method(kind).train(), normal(4, 12, 1000)
     ecg[0, :, 200:700], ecg[1, 1], ecg[2] = 0.3, -0.2, 0
     loss, _ = method(ecg, None, random_stream(0))
     loss.backward()
@@ -53,10 +53,10 @@ def test_every_parameter_learns_and_flat_pieces_stay_finite(kind):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
 
-@METHODS
+@KINDS
 @torch.no_grad()
 def test_an_embedding_has_no_holes_and_ignores_the_company(kind):
-    encoder, x = make(kind).encoder, normal(3, 12, 1000)
+    encoder, x = make_method(kind).encoder, normal(3, 12, 1000)
     found = encoder(x)
     assert found.shape == (3, 256) and torch.equal(encoder(x), found)
     assert_close(encoder(x[1:2]), found[1:2], rtol=0, atol=1e-6)
@@ -119,6 +119,13 @@ def test_the_quantiser_takes_a_codeword_of_each_group(training):
         assert (codes == torch.tensor([3, 1])).all() and quantiser.choose.weight.grad.any()
 
 
+def test_usage_is_the_mean_over_processes(monkeypatch):
+    quantiser, latents = Quantiser(5, 3), normal(2, 4, 256)
+    here, elsewhere = quantiser(latents, 1.0)[2], normal(2, 5).softmax(1)
+    monkeypatch.setattr(wav2vec2, "gather", lambda z: torch.cat([z, elsewhere[None]]))
+    assert_close(quantiser(latents, 1.0)[2], (here + elsewhere) / 2)
+
+
 def test_a_hole_is_compared_with_its_target_and_with_other_holes_of_its_segment():
     B, M, K = 3, 6, 500
     predicted, targets = normal(B, M, 7).double(), normal(B, M, 7, seed=1).double()
@@ -144,7 +151,7 @@ def test_a_hole_is_compared_with_its_target_and_with_other_holes_of_its_segment(
 @pytest.mark.parametrize("bias", [None, 0.0, 1e4], ids=["as drawn", "uniform", "one code"])
 @torch.no_grad()
 def test_the_loss_has_three_terms(monkeypatch, bias):
-    method = make(Wav2Vec2)
+    method = make_method(Wav2Vec2)
     quantiser = method.quantiser
     if bias is not None:
         nn.init.zeros_(quantiser.choose.weight)
@@ -184,7 +191,7 @@ def test_the_loss_has_three_terms(monkeypatch, bias):
 
 @torch.no_grad()
 def test_what_stands_under_a_mask_does_not_reach_the_context(monkeypatch):
-    method, is_masked = make(Wav2Vec2), mask_spans(2, 31, 2, random_stream(3))
+    method, is_masked = make_method(Wav2Vec2), mask_spans(2, 31, 2, random_stream(3))
     latents, other = normal(2, 31, 256), normal(2, 31, 256, seed=1)
     monkeypatch.setattr(wav2vec2, "mask_spans", lambda *_: is_masked)
     entered = spy(monkeypatch, method.encoder, "contextualise")
@@ -201,7 +208,7 @@ def test_what_stands_under_a_mask_does_not_reach_the_context(monkeypatch):
 
 
 def test_the_temperature_falls_to_a_half_and_a_collapse_stops_the_run():
-    method = make(Wav2Vec2, "meta")
+    method = make_method(Wav2Vec2, "meta")
     for progress, expected in [(0, 2), (0.35, 1), (0.7, 0.5), (0.8, 0.5), (1, 0.5)]:
         method.progress = progress
         assert method.temperature() == pytest.approx(expected)
@@ -226,7 +233,7 @@ def test_the_temperature_falls_to_a_half_and_a_collapse_stops_the_run():
     ids=["default", "published", "lead I"],
 )
 def test_how_many_leads_stay_other_ones_in_each_half(monkeypatch, settings, expected):
-    method, ecg, shown = make(W2VCMSC, "meta", **settings), normal(12_000, 12, 4), []
+    method, ecg, shown = make_method(W2VCMSC, "meta", **settings), normal(12_000, 12, 4), []
     monkeypatch.setattr(w2v_cmsc, "info_nce", lambda a, b: torch.zeros(()))
     monkeypatch.setattr(method, "fill_holes", lambda x, draw: shown.append(x) or (0, x.mT, {}))
     method(ecg, None, random_stream(0))
@@ -244,14 +251,16 @@ def test_how_many_leads_stay_other_ones_in_each_half(monkeypatch, settings, expe
 
 
 @torch.no_grad()
-def test_the_loss_is_that_of_the_holes_plus_that_of_the_pairs(monkeypatch):
-    method = make(W2VCMSC)
+def test_the_loss_is_that_of_the_holes_plus_that_of_the_pairs_of_all_processes(monkeypatch):
+    """Another process has the same embeddings backwards."""
+    method = make_method(W2VCMSC)
+    monkeypatch.setattr(w2v_cmsc, "gather", lambda z: torch.cat([z, z.flip(1)]))
     calls = spy(monkeypatch, method, "fill_holes")
     loss, numbers = method(normal(3, 12, 1000), None, random_stream(0))
     ((_, (of_holes, context, _)),) = calls
-    z = context.double().mean(1)
-    s = F.cosine_similarity(z[:3, None], z[None, 3:], dim=-1) / 0.1
-    pairs = sum(float(r.exp().sum().log() - r[i]) / 6 for i in range(3) for r in (s[i], s[:, i]))
+    first, second = (torch.cat([z, z.flip(1)]) for z in context.double().mean(1).chunk(2))
+    s = F.cosine_similarity(first[:, None], second[None], dim=-1) / 0.1
+    pairs = sum(float(r.exp().sum().log() - r[i]) / 12 for i in range(6) for r in (s[i], s[:, i]))
     assert float(loss - of_holes) == pytest.approx(pairs, rel=1e-4)
     assert float(numbers["contrastive"]) == pytest.approx(pairs, rel=1e-5)
 
@@ -276,7 +285,7 @@ def tiny(monkeypatch):
     shape = dict(width=16, layers=1, heads=2, feed_forward=16)
     monkeypatch.setitem(st_mem.SIZES, "small", dict(patch=30, **shape))
     monkeypatch.setitem(st_mem.DECODERS, "small", shape)
-    return make(STMEM)
+    return make_method(STMEM)
 
 
 @torch.no_grad()
@@ -332,7 +341,7 @@ def test_the_loss_is_the_squared_error_of_scored_masked_patches(tiny, monkeypatc
 
 @torch.no_grad()
 def test_the_decoder_works_lead_by_lead():
-    method, latents = make(STMEM), normal(2, 8, 9, 256)
+    method, latents = make_method(STMEM), normal(2, 8, 9, 256)
     seen = torch.rand(2, 8, 30, generator=random_stream(1)).argsort(2)[..., :7, None]
     other = latents.clone()
     other[:, 2] = normal(2, 9, 256, seed=2)
@@ -360,7 +369,7 @@ def embedding_by_hand(encoder, x):
 
 @torch.no_grad()
 def test_an_absent_lead_has_no_tokens_whoever_is_beside():
-    encoder, leads, entered = make(STMEM).encoder, [[0], [7], [1, 6, 11], [*range(12)]], []
+    encoder, leads, entered = make_method(STMEM).encoder, [[0], [7], [1, 6, 11], [*range(12)]], []
     x = torch.zeros(4, 12, 1000)
     for i in range(4):
         x[i, leads[i]] = normal(len(leads[i]), 1000, seed=i)

@@ -1,7 +1,7 @@
-"""The views of SimCLR and 3KG: each disturbance on its own, and turned hearts by a loop.
+"""The views of SimCLR, 3KG and CLOCS: disturbances one by one, turned hearts, what is compared.
 
 What test_baselines.py says about views (limb leads, the dipole there and back, no turn is no
-change, half of each lead is blank) is not repeated here.
+change) is not repeated here.
 """
 
 import math
@@ -10,9 +10,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import spy
+from methods import METHODS
 
 from extras.baselines import crops
-from extras.baselines.common import INDEPENDENT, random_stream, recompute_limbs
+from extras.baselines.common import INDEPENDENT, random_segment, random_stream, recompute_limbs
+from extras.baselines.common import zscore
+from extras.baselines.losses import info_nce, nt_xent, patient_nt_xent
 from extras.baselines.simclr import MILD, PUBLISHED, augment, blank_leads
 from extras.baselines.three_kg import DOWER as FROM_DIPOLE
 from extras.baselines.three_kg import INVERSE_DOWER, blank_half, random_turn
@@ -297,3 +301,62 @@ def test_the_blank_window_begins_anywhere_and_goes_round_the_end(T):
     start = (turns == 1).int().argmax(2).double() / T
     assert start.min() < 0.01 and start.max() > 0.99
     assert float(start.mean()) == pytest.approx(0.5, abs=0.03)
+    assert (start.std(1) > 0).all()  # each lead has its own
+
+
+# --------------------------------------------------------------------------------------------------
+# What is compared
+# --------------------------------------------------------------------------------------------------
+
+
+def compare(monkeypatch, name, ecg, patients=None, **settings):
+    """The loss of a method, its two views and their embeddings; its draws are random_stream(1)."""
+    torch.manual_seed(0)
+    method_class, config_class = METHODS[name]
+    method = method_class(config_class(size="small", network="resnet", **settings))
+    calls = spy(monkeypatch, method, "embed")
+    loss, _ = method(ecg, patients, random_stream(1))
+    return loss, [view for (view,), _ in calls], [z for _, z in calls]
+
+
+@pytest.mark.parametrize("leads", [1, 12])
+@torch.no_grad()
+def test_clocs_compares_the_two_halves_of_a_scored_record(monkeypatch, leads):
+    ecg = 3 + 5 * normal(4, 12, 200).float()
+    loss, views, embeddings = compare(monkeypatch, "clocs", ecg, leads=leads)
+    assert torch.equal(torch.cat(views, 2), zscore(ecg[:, :leads]))
+    assert torch.equal(loss, info_nce(*embeddings))
+
+
+@pytest.mark.parametrize("leads", [1, 12])
+@pytest.mark.parametrize("published", [False, True])
+@torch.no_grad()
+def test_simclr_compares_a_segment_that_is_disturbed_twice(monkeypatch, leads, published):
+    ecg, settings = 3 + 5 * normal(4, 12, 200).float(), dict(leads=leads, published=published)
+    loss, views, embeddings = compare(monkeypatch, "simclr", ecg, **settings)
+    draw = random_stream(1)
+    segment = random_segment(ecg, draw)
+    for view in views:
+        disturbed = augment(segment, draw, 20, PUBLISHED if published else MILD)
+        expected = zscore(disturbed[:, :leads])
+        if leads == 12:
+            expected = blank_leads(expected, draw)
+        torch.testing.assert_close(view, expected)
+    assert not torch.equal(*views)
+    assert torch.equal(loss, nt_xent(*embeddings))
+
+
+@pytest.mark.parametrize("leads", [1, 12])
+@pytest.mark.parametrize("published", [False, True])
+@torch.no_grad()
+def test_3kg_compares_two_turns_of_a_segment_and_knows_the_patients(monkeypatch, leads, published):
+    ecg, settings = 3 + 5 * normal(4, 12, 200).float(), dict(leads=leads, published=published)
+    patients = torch.tensor([0, 0, 1, 2])
+    loss, views, embeddings = compare(monkeypatch, "three_kg", ecg, patients, **settings)
+    draw = random_stream(1)
+    segment = random_segment(ecg, draw)
+    for view in views:
+        turned = turn(segment, *random_turn(4, draw), published)
+        torch.testing.assert_close(view, blank_half(zscore(turned[:, :leads]), draw))
+    assert not torch.equal(*views)
+    assert torch.equal(loss, patient_nt_xent(torch.cat(embeddings), patients.repeat(2)))

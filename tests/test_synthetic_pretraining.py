@@ -36,7 +36,7 @@ def some_labels(B):
     return labels
 
 
-def make(device="cpu", **settings):
+def make_method(device="cpu", **settings):
     torch.manual_seed(0)
     with torch.device(device):
         return SyntheticPretraining(SyntheticPretrainingConfig(**settings)).eval()
@@ -63,7 +63,7 @@ def tiny_networks(monkeypatch):
 @pytest.mark.parametrize("leads", [1, 12])
 @TOKEN_NETWORKS
 def test_parameters(network, leads):
-    method = make("meta", network=network, leads=leads)
+    method = make_method("meta", network=network, leads=leads)
     D, patch, h = method.encoder.embedding_dim, 20 * leads, 256
     expected = patch * h + h + h  # embedding and hole
     expected += (D + 1) * patch + (D + 1) * 44  # heads
@@ -92,7 +92,7 @@ def test_a_token_is_200_ms_of_all_leads(leads):
 @TOKEN_NETWORKS
 @torch.no_grad()
 def test_an_embedding_is_the_mean_of_unmasked_tokens_and_ignores_the_company(network):
-    encoder, x = make(network=network).encoder, normal(3, 1, 1000)
+    encoder, x = make_method(network=network).encoder, normal(3, 1, 1000)
     found = encoder(x)
     assert torch.equal(encoder(x), found) and found.dtype == torch.float32
     tokens = encoder.contextualise(encoder.embed(encoder.patches(x)))
@@ -107,7 +107,7 @@ def test_an_embedding_is_the_mean_of_unmasked_tokens_and_ignores_the_company(net
 @TOKEN_NETWORKS
 @torch.no_grad()
 def test_each_token_knows_those_before_and_behind_it_and_the_order(network):
-    encoder, tokens = make(network=network).encoder, normal(1, 50, 256)
+    encoder, tokens = make_method(network=network).encoder, normal(1, 50, 256)
     other = tokens.clone()
     other[0, 25] = normal(256, seed=1)
     changed = (encoder.contextualise(other) != encoder.contextualise(tokens)).any(2)[0]
@@ -139,7 +139,7 @@ def test_twenty_tokens_are_masked_other_ones_in_each_record():
 @TOKEN_NETWORKS
 @torch.no_grad()
 def test_what_stands_under_a_mask_does_not_reach_the_network(network, monkeypatch):
-    method, ecg = make(network=network, alpha=1.0, leads=12), normal(4, 12, 1000)
+    method, ecg = make_method(network=network, alpha=1.0, leads=12), normal(4, 12, 1000)
     calls = spy(monkeypatch, method.encoder, "contextualise")
     method(ecg, None, random_stream(3))
     (((entered,), _),) = calls
@@ -153,7 +153,8 @@ def test_what_stands_under_a_mask_does_not_reach_the_network(network, monkeypatc
 @TOKEN_NETWORKS
 @torch.no_grad()
 def test_the_loss_is_a_loop(network, alpha):
-    method, ecg, labels = make(network=network, alpha=alpha), normal(4, 12, 1000), some_labels(4)
+    method, ecg = make_method(network=network, alpha=alpha), normal(4, 12, 1000)
+    labels = some_labels(4)
     labels[2] = 0  # a record without a statement: it only fills holes
     given = [labels] if method.uses_labels else []
     loss, numbers = method(3 + 5 * ecg, None, random_stream(3), *given)
@@ -191,7 +192,7 @@ def test_the_loss_is_a_loop(network, alpha):
 def test_only_heads_with_a_weight_are_there_and_every_parameter_learns(network):
     """A parameter without a gradient would stop training in several processes."""
     for alpha in (0.0, 0.5, 1.0)[: 1 if network == "resnet" else 3]:
-        method = make(network=network, alpha=alpha).train()
+        method = make_method(network=network, alpha=alpha).train()
         assert (hasattr(method, "fill"), hasattr(method, "classify")) == (alpha > 0, alpha < 1)
         ecg, given = normal(4, 12, 1000), [some_labels(4)] if method.uses_labels else []
         ecg[1] = 0.3  # a flat record
@@ -202,7 +203,7 @@ def test_only_heads_with_a_weight_are_there_and_every_parameter_learns(network):
 
 def test_twelve_leads_or_lead_i_is_what_it_sees():
     for leads in (1, 12):
-        method, ecg = make(network="gru", leads=leads), normal(2, 12, 1000)
+        method, ecg = make_method(network="gru", leads=leads), normal(2, 12, 1000)
         before = method.encoder(common.to_view(ecg, leads))
         for lead in range(12):
             other = ecg.clone()
@@ -237,13 +238,13 @@ def test_records_without_labels_do_not_count_in_the_classification():
 # --------------------------------------------------------------------------------------------------
 
 
-def settings(tmp_path, data, **changed):
+def make_config(tmp_path, data, **changed):
     default = dict(data=[str(data)], epochs=2, batch_size=8, warmup=0, workers=0)
     default |= dict(cache=str(tmp_path / "cache"), out=str(tmp_path / "out"))
     return SyntheticPretrainingConfig(**default | changed)
 
 
-def probe(tmp_path, data, **changed):
+def probe_config(tmp_path, data, **changed):
     default = dict(data=[str(data)], encoder=str(tmp_path / "out/best.pt"), workers=0, epochs=1)
     default |= dict(cache=str(tmp_path / "cache"), out=str(tmp_path / "probe"), batch_size=8)
     return train_probe.ProbeConfig(**default | changed)
@@ -254,12 +255,12 @@ def test_a_run_resumes_to_the_same_weights_and_is_fine_tuned(
     tmp_path, ptbxl, tiny_networks, monkeypatch, capsys, network, leads
 ):
     more = dict(network=network, leads=leads)
-    synthetic_pretraining.main(settings(tmp_path, ptbxl, **more))
+    synthetic_pretraining.main(make_config(tmp_path, ptbxl, **more))
     assert "64 records, 8 steps an epoch; 8 validate; their labels are used" in (
         capsys.readouterr().out
     )
 
-    cut = settings(tmp_path, ptbxl, out=str(tmp_path / "cut"), **more)
+    cut = make_config(tmp_path, ptbxl, out=str(tmp_path / "cut"), **more)
     with stopped_after_an_epoch(monkeypatch):
         synthetic_pretraining.main(cut)
     synthetic_pretraining.main(dataclasses.replace(cut, resume=True))
@@ -271,7 +272,7 @@ def test_a_run_resumes_to_the_same_weights_and_is_fine_tuned(
     assert not encoder.training
 
     for more in (dict(finetune=True), dict(head="logistic", overwrite=True)):
-        results = train_probe.main(probe(tmp_path, ptbxl, lead="I", **more))
+        results = train_probe.main(probe_config(tmp_path, ptbxl, lead="I", **more))
         assert np.isfinite([run["diagnostic"] for run in results["runs"]]).all()
     assert "trained on fold" not in capsys.readouterr().out
 
@@ -281,7 +282,7 @@ def test_the_checkpoint_says_whether_labels_were_used(
     tmp_path, ptbxl, mimic, tiny_networks, monkeypatch, capsys, alpha
 ):
     calls = spy(monkeypatch, SyntheticPretraining, "forward")
-    config = settings(tmp_path, ptbxl, network="gru", alpha=alpha, epochs=1)
+    config = make_config(tmp_path, ptbxl, network="gru", alpha=alpha, epochs=1)
     if alpha == 1:
         config.data.append(str(mimic))  # has no labels
     synthetic_pretraining.main(config)
@@ -297,25 +298,26 @@ def test_records_without_any_label_are_refused(tmp_path):
     for i in range(40):
         write_record(tmp_path / f"wfdb/R{i:02}", normal(12, 1000, seed=i).numpy())
     with pytest.raises(UsageError, match="no record that trains has a label"):
-        synthetic_pretraining.main(settings(tmp_path, tmp_path / "wfdb", network="gru"))
-    synthetic_pretraining.main(settings(tmp_path, tmp_path / "wfdb", network="gru", alpha=1.0))
+        synthetic_pretraining.main(make_config(tmp_path, tmp_path / "wfdb", network="gru"))
+    synthetic_pretraining.main(make_config(tmp_path, tmp_path / "wfdb", network="gru", alpha=1.0))
 
 
-def test_the_labels_are_those_of_the_batch(tmp_path, ptbxl, tiny_networks, monkeypatch):
+def test_labels_and_patients_are_those_of_the_batch(tmp_path, ptbxl, tiny_networks, monkeypatch):
     read = spy(monkeypatch, common.BaselineTraining, "patients")
     trained = spy(monkeypatch, SyntheticPretraining, "forward")
-    synthetic_pretraining.main(settings(tmp_path, ptbxl, network="gru", epochs=1))
+    synthetic_pretraining.main(make_config(tmp_path, ptbxl, network="gru", epochs=1))
     records = selfmis.find_records(str(ptbxl), sample_rate_hz=100)
     assert len(read) == 9  # eight steps, one batch that validates
-    for ((_, rows), _), ((*_, labels), _) in zip(read, trained, strict=True):
+    for ((_, rows), patients), ((*_, labels), _) in zip(read, trained, strict=True):
+        assert np.array_equal(records.patient_keys()[rows], patients.numpy())
         assert np.array_equal(records.labels[rows], labels.numpy())
 
 
 def test_an_untrained_network_is_the_one_that_pre_training_starts_from(tmp_path, ptbxl, capsys):
-    config = settings(tmp_path, ptbxl, network="gru", untrained=True, seed=3)
+    config = make_config(tmp_path, ptbxl, network="gru", untrained=True, seed=3)
     synthetic_pretraining.main(config)
     torch.manual_seed(3)
-    first = SyntheticPretraining(settings(tmp_path, ptbxl, network="gru")).encoder.state_dict()
+    first = SyntheticPretraining(make_config(tmp_path, ptbxl, network="gru")).encoder.state_dict()
     encoder = selfmis.load_encoder(tmp_path / "out/best.pt")
     for key, value in encoder.state_dict().items():
         assert torch.equal(value, first[key]), key
@@ -337,7 +339,7 @@ def test_an_untrained_network_is_the_one_that_pre_training_starts_from(tmp_path,
 )
 def test_it_learns(tmp_path, tiny_networks, network, alpha, epochs, number, value):
     more = dict(batch_size=32, lr=3e-3, amp="off", epochs=epochs)
-    config = settings(tmp_path, "synthetic:1000", network=network, alpha=alpha, **more)
+    config = make_config(tmp_path, "synthetic:1000", network=network, alpha=alpha, **more)
     synthetic_pretraining.main(config)
     lines = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
     assert [line for line in lines if "val_loss" in line][-1][number] < value
@@ -392,10 +394,10 @@ def test_all_starts_have_twenty_epochs_and_longer_the_steps_of_pre_training_on_t
 
 def test_table_and_picture_show_what_is_there(tmp_path, ptbxl, tiny_networks, capsys):
     out = tmp_path / "runs"
-    synthetic_pretraining.main(settings(tmp_path, ptbxl, network="gru", untrained=True))
+    synthetic_pretraining.main(make_config(tmp_path, ptbxl, network="gru", untrained=True))
     more = dict(finetune=True, fractions=[0.5], val_fold=8, test_fold=9)
     for run, epochs in (("gru-scratch-0.01-0", 1), ("gru-labels-0.01-0", 2)):
-        train_probe.main(probe(tmp_path, ptbxl, out=str(out / run), epochs=epochs, **more))
+        train_probe.main(probe_config(tmp_path, ptbxl, out=str(out / run), epochs=epochs, **more))
     shutil.copytree(out / "gru-scratch-0.01-0", out / "gru-longer-0.01-0")
     for start in ("scratch", "labels", "longer"):
         shutil.copytree(out / f"gru-{start}-0.01-0", out / f"gru-{start}-0.01-2")
