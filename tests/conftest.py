@@ -118,8 +118,8 @@ def spy(monkeypatch, owner, name):
     """A list that gets (arguments, result) of each call of owner.name."""
     function, calls = getattr(owner, name), []
 
-    def spied(*arguments):
-        calls.append((arguments, function(*arguments)))
+    def spied(*arguments, **named):
+        calls.append((arguments, function(*arguments, **named)))
         return calls[-1][1]
 
     monkeypatch.setattr(owner, name, spied)
