@@ -76,7 +76,8 @@ def ptbxl(tmp_path_factory):
         for i in range(80):
             low, high = (f"records{rate}/00000/{i:05}" for rate in (100, 500))
             write_record(root / f"{low}_lr", x[i], PTBXL_NAMES)
-            codes = str({labels[i // 10]: 15.0, "SR": 0.0})
+            likelihood = 0.0 if i % 2 else 15.0  # 0: not said
+            codes = str({labels[i // 10]: likelihood, "SR": 0.0})
             table.writerow([i, float(i + 1000), codes, i % 10 + 1, f"{low}_lr", f"{high}_hr"])
     return root
 
@@ -117,8 +118,8 @@ def spy(monkeypatch, owner, name):
     """A list that gets (arguments, result) of each call of owner.name."""
     function, calls = getattr(owner, name), []
 
-    def spied(*arguments):
-        calls.append((arguments, function(*arguments)))
+    def spied(*arguments, **named):
+        calls.append((arguments, function(*arguments, **named)))
         return calls[-1][1]
 
     monkeypatch.setattr(owner, name, spied)

@@ -71,14 +71,15 @@ def test_preprocess_takes_nan_and_infinity_as_zero(ecg, bad):
 
 @pytest.mark.parametrize("rate, to", [(500, 100), (100, 500), (360, 500), (512, 500), (257, 100)])
 def test_resampling_keeps_a_slow_sine_its_offset_and_the_duration(rate, to):
+    """A cosine, which is far from 0 at its ends: zeros beyond them would ring by up to 0.8."""
+
     def wave(r):
-        return 0.7 + np.sin(2 * np.pi * 5 * np.arange(round(10 * r)) / r)[None]
+        return 0.7 + np.cos(2 * np.pi * 5 * np.arange(10 * r) / r)[None]
 
     got = resample(wave(rate), rate, to)
-    assert abs(got.shape[1] - 10 * to) <= 1
+    np.testing.assert_allclose(got, wave(to), atol=0.05)
     inner = slice(to, 9 * to)
     np.testing.assert_allclose(got[:, inner], wave(to)[:, inner], atol=0.01)
-    assert np.abs(got - 0.7).max() < 1.2  # the ends do not ring
 
 
 @pytest.mark.parametrize("rate, to", [(100, 500), (360, 500), (512, 100), (500, 100)])
@@ -126,6 +127,28 @@ def test_ecgfounder_filter_removes_wander_and_mains_but_keeps_the_beat():
     inner = slice(500, 4500)
     assert np.abs(from_dirty[:, inner] - clean[:, inner]).max() < 0.1
     assert np.corrcoef(clean[0], beat[0])[0, 1] > 0.85
+
+
+@pytest.mark.parametrize(
+    "frequency_hz, gain",
+    [
+        (0.5, 0.002),
+        (1, 0.120),
+        (2, 0.639),
+        (10, 1.000),
+        (30, 0.922),
+        (40, 0.497),
+        (45, 0.259),
+        (50, 0.000),
+        (60, 0.028),
+    ],
+)
+def test_ecgfounder_filter_has_the_gains_of_its_three_parts(frequency_hz, gain):
+    """Notch and band-pass, both squared, decide from 10 Hz on; below it the median baseline."""
+    wave = np.sin(2 * np.pi * frequency_hz * np.arange(30_000) / 500)[None]
+    inner = slice(5000, 25_000)
+    filtered = selfmis.ecgfounder_filter(wave, 500)
+    assert filtered[:, inner].std() / wave[:, inner].std() == pytest.approx(gain, abs=0.005)
 
 
 @pytest.mark.parametrize("settings", [dict(normalize="minmax"), dict(filter="wavelet")])
@@ -491,10 +514,6 @@ def test_other_folds_limits_and_validation_records_read_nothing_again(
     assert number_read(test_fold=4) == 8  # fold 10
 
 
-def lists_of(folder, name):
-    return sorted(Path(folder).glob(f"{name}-*.rows"))
-
-
 @pytest.mark.parametrize("name", ["signals", "targets"])
 @pytest.mark.parametrize("damage", ["cut", "cut within a number", "deleted", "emptied"])
 def test_a_row_whose_mark_got_lost_is_read_again_and_never_left_out(
@@ -503,8 +522,7 @@ def test_a_row_whose_mark_got_lost_is_read_again_and_never_left_out(
     records, rows = some(find_ptbxl(ptbxl), 16), np.arange(12)
     whole = read(tmp_path, records, rows, teacher=teacher)
     read(tmp_path, records, teacher=teacher)  # the other four, in a list of their own
-    first, second = lists_of(tmp_path, name)
-    first, second = sorted([first, second], key=lambda path: -path.stat().st_size)
+    first = max(tmp_path.glob(f"{name}-*.rows"), key=os.path.getsize)
     reads.clear()
     if damage == "deleted":
         first.unlink()
@@ -606,13 +624,23 @@ def test_a_full_disk_is_one_sentence_and_what_is_cached_stays(tmp_path, ptbxl, m
     assert torch.equal(everything(read(tmp_path, records))[0], everything(direct)[0])
 
 
-def test_the_cache_s_version_goes_with_what_is_cached():
-    """A number of all types: if it changes, older caches hold other records under the same name."""
+def test_the_cache_s_version_goes_with_what_is_cached(tmp_path):
+    """Weighted sums: if one changes, older caches hold other records under the same name."""
     x, _ = synthesize(17, 0, types=SYNTHETIC_TYPES, sample_rate_hz=100)
-    views = [preprocess(one, sample_rate_hz=100) for one in resample(x, 100, 250)[..., ::2]]
-    number = float(np.abs(np.stack(views)).sum())
-    found = (selfmis.CACHE_VERSION, number)
-    assert found == (6, pytest.approx(104441, rel=1e-5)), "raise CACHE_VERSION and renew this"
+    write_record(tmp_path / "r", x[0])
+    x = resample(x, 100, 125)
+    found = [selfmis.CACHE_VERSION]
+    for records, settings in (
+        (x, dict()),
+        (x, dict(filter="ecgfounder")),
+        (x, dict(normalize="none")),
+        (read_ecg(tmp_path / "r", sample_rate_hz=125)[None], dict()),
+    ):
+        views = np.stack([preprocess(one, sample_rate_hz=125, **settings) for one in records])
+        weights = np.random.default_rng(0).standard_normal(views.shape)
+        found.append((views * weights).sum())
+    expected = [6, 327.3806, 336.3360, -5.4844, 145.8068]
+    assert found == pytest.approx(expected, abs=0.01), "raise CACHE_VERSION and renew this"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,6 +12,10 @@ import pytest
 import scipy.optimize
 import torch
 import torch.nn.functional as F
+from conftest import spy
+from matplotlib.figure import Figure
+from scipy.integrate import trapezoid
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import selfmis
 import train_probe
@@ -40,6 +44,19 @@ def make(tmp_path, ptbxl, tiny):
         return ProbeConfig(**usual | dict(out=str(tmp_path / name)) | more)
 
     return settings
+
+
+@pytest.fixture
+def rates():
+    """The learning rate of every step that is taken from now on."""
+    taken = []
+
+    def take(optimizer, *_):
+        taken.append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_pre_hook(take)
+    yield taken
+    hook.remove()
 
 
 def read_json(path):
@@ -170,14 +187,16 @@ def test_adam_head_ignores_the_scale_of_the_features_and_repeats():
     assert not torch.equal(one[0], adam_head(x, y, x_val, y_val, ProbeConfig(), 4)[0])
 
 
-def test_early_stopping_keeps_the_best_epoch():
+def test_adam_head_keeps_the_best_epoch_and_stops_early_on_one_cosine(monkeypatch, rates):
     x, y, x_val, y_val = problem(noise=3.0)
     settings = ProbeConfig(epochs=40, lr=0.05, patience=3)
+    validated = spy(monkeypatch, selfmis, "macro_auc")
     weight, bias, text = adam_head(x, y, x_val, y_val, settings, 0)
+    best = int(re.search(r"best epoch (\d+) of 40", text)[1])
+    assert len(validated) == best + 3 < 40
+    assert rates == [selfmis.cosine_lr(0.05, step, 40 * 10) for step in range(10 * (best + 3))]
     kept = selfmis.macro_auc(y_val, x_val @ weight.T + bias)[0]
     assert f"validation AUC {kept:.4f}" in text
-    best = int(re.search(r"best epoch (\d+) of 40", text)[1])
-    assert best < 40 - 3  # it did stop early
 
 
 def half_val():
@@ -268,6 +287,7 @@ def test_predictions_are_those_that_the_results_are_about(request, name):
     folder = request.getfixturevalue(name)
     results, saved = read_json(folder / "results.json"), np.load(folder / "predictions.npz")
     assert saved["logits"].dtype == np.float32 and saved["logits_adam"].shape == (2, 8, 44)
+    assert not np.array_equal(*saved["logits_adam"])  # of two seeds
     assert (saved["fold"] == 10).all() and len(set(saved["record"].tolist())) == 8
     [second] = [run for run in results["runs"] if (run["head"], run["seed"]) == ("adam", 1)]
     order = [run["seed"] for run in results["runs"] if run["head"] == "adam"]
@@ -310,19 +330,23 @@ def test_head_decides_what_probe_pt_holds(make, probed):
     assert read_pt(make("other").out + "/probe.pt")["head_name"] == other
 
 
+def recomputed(encoder, head, paths):
+    """Logits of a one-lead encoder and its head, without the pass over the records."""
+    records = selfmis.SelfCuttingDataset(
+        paths.tolist(), encoder.lead, sample_rate_hz=100, **encoder.preprocessing
+    )
+    signals = torch.stack([single for single, _ in records])
+    weight, bias = head
+    with torch.no_grad():
+        return encoder(signals.half().float()) @ weight.T + bias
+
+
 def test_probe_pt_reproduces_its_predictions_and_the_encoder_is_untouched(probed, tiny):
     encoder, before = selfmis.load_encoder(probed / "probe.pt"), read_pt(tiny[1])["encoder"]
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
     assert (encoder.lead, encoder.sample_rate_hz) == ("I", 100) and encoder.training_data == []
-    weight, bias = read_pt(probed / "probe.pt")["head"]
     saved = np.load(probed / "predictions.npz")
-    paths = [str(name) for name in saved["record"]]
-    pairs = selfmis.SelfCuttingDataset(
-        paths, encoder.lead, sample_rate_hz=100, **encoder.preprocessing
-    )
-    signals = torch.stack([pairs[i][0] for i in range(len(paths))])
-    with torch.no_grad():
-        logits = encoder(signals.half().float()) @ weight.T + bias
+    logits = recomputed(encoder, read_pt(probed / "probe.pt")["head"], saved["record"])
     np.testing.assert_allclose(logits, saved["logits"], rtol=1e-3, atol=1e-4)
 
 
@@ -390,6 +414,37 @@ def test_a_twelve_lead_encoder_asked_for_one_lead_gets_zeros(tmp_path, make, tin
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------
+
+
+def test_fine_tuning_stops_early_and_its_results_are_those_of_the_best_epoch(
+    tmp_path, make, monkeypatch
+):
+    aucs = iter([0.9, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(train_probe, "validate", lambda run: next(aucs))
+    main(make("out", finetune=True, lr=0.01, batch_size=16, epochs=4, patience=2))
+    out = tmp_path / "out"
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [entry["val_macro_auc"] for entry in log] == [0.9, 0.1, 0.1]
+    saved = np.load(out / "predictions.npz")
+    best, last = (
+        recomputed(selfmis.load_encoder(out / name), read_pt(out / name)["head"], saved["record"])
+        for name in ("best.pt", "last.pt")
+    )
+    np.testing.assert_allclose(best, saved["logits"], rtol=1e-3, atol=1e-4)
+    assert np.abs(last - saved["logits"]).max() > 0.01
+
+
+def test_fine_tuning_gives_each_record_its_own_labels_on_one_cosine(
+    make, ptbxl, monkeypatch, rates
+):
+    losses = spy(monkeypatch, F, "binary_cross_entropy_with_logits")
+    orders = spy(monkeypatch, selfmis, "epoch_batches")
+    main(make("out", finetune=True, lr=0.01, batch_size=16, epochs=2))
+    labels = selfmis.find_records(str(ptbxl), sample_rate_hz=100).labels
+    (_, first_epoch), (_, second_epoch) = orders[-2:]
+    for rows, ((_, targets), _) in zip(first_epoch + second_epoch, losses[:8], strict=True):
+        np.testing.assert_array_equal(targets, labels[rows])
+    assert rates == [selfmis.cosine_lr(0.01, step, 8) for step in range(8)]
 
 
 def test_finetuned_encoder_says_what_it_has_seen_and_is_a_teacher(tmp_path, make, tiny, capsys):
@@ -566,6 +621,22 @@ def test_no_interval_rests_on_fewer_than_ten_positives(tmp_path):
     assert " to " not in rows["nine-type mean (1 absent)"]
 
 
+def test_intervals_are_by_patient():
+    """Each record twice, both of one patient, has the intervals of each record once."""
+    y = labels_with({name: 12 for name in MI_TYPES})
+    names = [str(i) for i in range(400)]
+    records = selfmis.as_records("ptb-xl", "", names, np.arange(400), labels=y)
+    logits = np.random.default_rng(0).normal(size=y.shape) + y
+    intervals = []
+    for rows in (np.arange(400), np.tile(np.arange(400), 2)):
+        head = made_head("adam", 0.7)._replace(test_logits=logits[rows])
+        results = train_probe.evaluate([head], records[rows])
+        entries = [*results["types"].values(), *results["any"].values()]
+        entries += [results[group] for group in train_probe.GROUPS]
+        intervals.append([(entry["low"], entry["high"]) for entry in entries])
+    np.testing.assert_allclose(*intervals)
+
+
 def test_any_infarct_has_no_interval_below_ten_positives():
     for n, has_interval in ((9, False), (10, True)):
         y = labels_with({"IMI": n})
@@ -590,12 +661,24 @@ def test_a_run_on_few_positives_writes_null_and_says_why_once(probed):
 
 def test_the_six_mean_has_no_interval_either_where_it_rests_on_a_rare_type():
     """Three positives of LMI, in 640 records of three folds: one rare class in six."""
-    # LEAD: summarize holds back the nine-mean's interval alone, whatever the six rest on.
     y = labels_with({name: 12 for name in MI_TYPES} | {"LMI": 3})
     scores = np.random.default_rng(0).normal(size=y.shape) + y
     auc, draws = train_probe.mean_auc([scores], y, np.arange(400))
     six = train_probe.summarize(auc, draws, y)["six"]
     assert np.isfinite(six["mean"]) and np.isnan(six["low"]) and np.isnan(six["high"])
+
+
+def test_the_area_under_each_roc_curve_is_the_auc_in_its_label(tmp_path, monkeypatch):
+    subplots = spy(monkeypatch, Figure, "add_subplot")
+    y = labels_with({name: 12 for name in MI_TYPES})
+    logits = np.random.default_rng(0).normal(size=y.shape) + y
+    head = made_head("adam", 0.7)._replace(test_logits=logits.round(1))  # equal ones among them
+    train_probe.draw_roc(tmp_path / "roc.png", head, y, {})
+    [(_, axes)] = subplots
+    _, *curves = axes.get_lines()  # after the diagonal
+    areas = [trapezoid(curve.get_ydata(), curve.get_xdata()) for curve in curves]
+    labels = [f"{t} {area:.3f} (n = 12)" for t, area in zip(MI_TYPES, areas, strict=True)]
+    assert [curve.get_label() for curve in curves] == labels
 
 
 def test_detector_content_by_hand():
@@ -623,25 +706,6 @@ def test_detector_content_by_hand():
     assert content["head"] == (head.weight, head.bias) and content["head_name"] == "adam"
 
 
-@pytest.mark.parametrize("scale", [0.25, 1.0, 5.0])
-def test_temperature_is_the_best_of_a_grid(scale):
-    """Labels drawn at sigmoid(logit): logits times `scale` need a temperature of about `scale`."""
-    rng = np.random.default_rng(1)
-    logits = rng.normal(-2, 2, size=(500, 44))
-    y = (rng.random(logits.shape) < sigmoid(logits)).astype(np.uint8)
-    logits = (scale * logits).astype(np.float32)
-    grid = np.exp(np.linspace(-7, 7, 1401))  # a step is 1 %
-
-    def loss(temperature):
-        z = logits / temperature
-        return np.mean(np.logaddexp(0, z.astype(np.float64)) - y * z)
-
-    best = grid[np.argmin([loss(temperature) for temperature in grid])]
-    found = train_probe.fit_temperature(logits, y)
-    assert found == pytest.approx(best, rel=0.01) and found == pytest.approx(scale, rel=0.1)
-    assert loss(found) <= loss(best) + 1e-9
-
-
 # ---- what is refused, and when -------------------------------------------------------------------
 
 
@@ -659,6 +723,8 @@ def runs_to_compare(tmp_path_factory, probed):
 REFUSED = {
     "no test fold": (dict(limit=9), "no record in the test part .*--test-fold 10.*folds 1"),
     "no val fold": (dict(limit=8, test_fold=8), "no record in the val part .*--val-fold 9"),
+    "no data": (dict(data=["nowhere"]), "nowhere: no such folder"),
+    "no encoder": (dict(encoder="nowhere.pt"), "nowhere.pt: there is no such file"),
     "one label": (dict(data=["synthetic:11"]), "--val-fold 9: no statement has positives"),
     "compare missing": (dict(compare="missing"), "missing: no readable predictions"),
     "compare empty": (dict(compare="empty"), "empty: no readable predictions"),
@@ -670,7 +736,6 @@ REFUSED = {
     "another size": (dict(size="small"), "--size small: .* holds an encoder of another size"),
     "another rate": (dict(sample_rate=500), "sample_rate: 100 in .*, 500 in --sample-rate"),
     "compare torn": (dict(compare="torn"), "torn: no readable predictions"),
-    # LEAD: both are seen only when the first epoch begins, with the old run already removed.
     "batch": (dict(finetune=True, batch_size=65), "64 records do not fill a batch of 1 x 65"),
     "batch of a share": (
         dict(finetune=True, fractions=[0.25], batch_size=17),
@@ -711,6 +776,17 @@ def part_of_ptbxl(ptbxl, root, change):
     text = (ptbxl / "ptbxl_database.csv").read_text()
     (root / "ptbxl_database.csv").write_text(change(text))
     return str(root)
+
+
+def test_records_without_a_diagnostic_statement_are_left_out(tmp_path, make, ptbxl, capsys):
+    def three_without(text):
+        return re.sub(r"'NORM': \d+\.0, ", "", text, count=3)
+
+    root = part_of_ptbxl(ptbxl, tmp_path / "ptb-xl", three_without)
+    main(make("out", data=[root], head="adam", epochs=1))
+    said = capsys.readouterr().out
+    assert "3 records without a diagnostic statement left out\n" in said
+    assert "77 records with a diagnostic statement; usable: 61 train, 8 val, 8 test\n" in said
 
 
 def test_a_patient_in_two_parts_is_an_error(tmp_path, make, ptbxl):
@@ -792,15 +868,19 @@ def test_patients_of_two_collections_are_told_apart_in_every_file(tmp_path, make
     main(make("two", data=[str(ptbxl), copy], head="adam", epochs=1))
     saved = np.load(tmp_path / "two/predictions.npz")
     assert len(saved["patient"]) == len(set(saved["patient"].tolist())) == 16
-    # LEAD: still the bare numbers of two collections.
     assert len(set(saved["validation_patient"].tolist())) == 16
 
 
 # ---- one run beside another ----------------------------------------------------------------------
 
 
-def test_comparison_is_the_paired_difference(tmp_path, make):
-    """Of means and of bootstrap draws, against a run of other seeds; against itself: 0."""
+def test_comparison_is_the_paired_difference(tmp_path, make, monkeypatch):
+    """Of means and of draws of patients, against a run of other seeds; against itself: 0."""
+
+    def two_records_each(records):
+        return records.row // 20 * 20 + records.folds
+
+    monkeypatch.setattr(selfmis.Records, "patient_keys", two_records_each)
     one, two = tmp_path / "one", tmp_path / "two"
     synthetic = dict(data=["synthetic:600"], epochs=2)  # 12 IMI and 60 records in fold 10
     main(make("one", seeds=2, **synthetic))
@@ -810,8 +890,9 @@ def test_comparison_is_the_paired_difference(tmp_path, make):
         saved = np.load(folder / "predictions.npz")
         y, each = saved["labels"], saved["logits_adam"]
         means.append(np.mean([selfmis.macro_auc(y, logits)[1] for logits in each], 0))
-        draws.append(np.mean([selfmis.bootstrap_auc(y, logits) for logits in each], 0))
-    assert y[:, IMI].sum() >= 10
+        by_patient = [selfmis.bootstrap_auc(y, logits, saved["patient"]) for logits in each]
+        draws.append(np.mean(by_patient, 0))
+    assert y[:, IMI].sum() >= 10 and len(set(saved["patient"].tolist())) == 30
     difference = read_json(two / "results.json")["compared"][str(one)]["adam - adam"]
     entry = difference["types"]["IMI"]
     assert entry["auc"] == pytest.approx((means[0] - means[1])[IMI])
@@ -831,6 +912,21 @@ def test_comparison_is_the_paired_difference(tmp_path, make):
     own = read_json(two / "results.json")["compared"][str(two)]["logistic - logistic"]
     own = own["types"]["IMI"]
     assert own["auc"] == own["low"] == own["high"] == 0
+
+
+def test_the_baseline_is_an_untrained_encoder_of_the_same_shape(tmp_path, make, tiny):
+    """Its heads are those of a run on that encoder alone."""
+    settings = dict(head="logistic", seed=3)
+    main(make("a", baseline=True, **settings))
+    encoder = selfmis.load_encoder(tiny[1])
+    torch.manual_seed(3)
+    untrained = selfmis.random_encoder(1, None, like=encoder)
+    path = changed(tiny[1], tmp_path / "untrained.pt", encoder=untrained.state_dict())
+    main(make("b", encoder=path, **settings))
+    both, alone = (np.load(tmp_path / name / "predictions.npz") for name in "ab")
+    baseline = both["logits_logistic_random_encoder"]
+    np.testing.assert_allclose(baseline, alone["logits_logistic"], rtol=1e-3, atol=1e-4)
+    assert np.abs(baseline - both["logits_logistic"]).max() > 0.1
 
 
 def test_heads_are_compared_with_their_like(tmp_path, make, probed):
