@@ -808,7 +808,7 @@ def write_results(config, out, heads, records, split, results, spec) -> None:
     """predictions.npz, roc.png, results.md, and last results.json: it marks a finished run."""
     test = records[split["test"]]
     save_predictions(out / "predictions.npz", heads, records, split)
-    draw_roc(out / "roc.png", heads[0], test.labels, results)
+    draw_roc(out / "roc.png", heads[0], test.labels)
     table = as_table(results["heads"], results["types"])
     if len(set(config.fractions)) > 1:
         table += f"\n\nby share of the training labels, {config.seeds} seed(s)\n"
@@ -1002,7 +1002,7 @@ def as_markdown(lines: list[list]) -> str:
     return "\n".join(rows)
 
 
-def draw_roc(path: Path, head: TrainedHead, y: np.ndarray, results: dict) -> None:
+def draw_roc(path: Path, head: TrainedHead, y: np.ndarray) -> None:
     """ROC curves of the types that have enough positives."""
     figure_class = selfmis.import_optional("matplotlib.figure", "drawing roc.png").Figure
     figure = figure_class(figsize=(5.5, 5.5))

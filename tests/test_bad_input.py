@@ -371,7 +371,7 @@ def runs(finished, tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        (dict(batch_size=65), "64 records do not fill a batch of 1 x 65: --batch-size"),
+        (dict(batch_size=65), "64 records do not fill a batch of 1 x 65; lower --batch-size"),
         (dict(multi="nowhere.pt"), "nowhere.pt: there is no such file"),
         (dict(multi=None), "needs a 12-lead teacher"),
         (dict(single="nowhere.pt"), "nowhere.pt: there is no such file"),

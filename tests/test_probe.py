@@ -673,7 +673,7 @@ def test_the_area_under_each_roc_curve_is_the_auc_in_its_label(tmp_path, monkeyp
     y = labels_with({name: 12 for name in MI_TYPES})
     logits = np.random.default_rng(0).normal(size=y.shape) + y
     head = made_head("adam", 0.7)._replace(test_logits=logits.round(1))  # equal ones among them
-    train_probe.draw_roc(tmp_path / "roc.png", head, y, {})
+    train_probe.draw_roc(tmp_path / "roc.png", head, y)
     [(_, axes)] = subplots
     _, *curves = axes.get_lines()  # after the diagonal
     areas = [trapezoid(curve.get_ydata(), curve.get_xdata()) for curve in curves]
