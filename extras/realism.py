@@ -23,7 +23,7 @@ import selfmis
 from extras import command_parser, run_action
 from extras.detect import MINIMUM_CASES
 from extras.evidence import print_table
-from extras.synthetic import INDEPENDENT, check_range, save_picture, synthesize
+from extras.synthetic import INDEPENDENT_ROWS, check_range, save_picture, synthesize
 from selfmis import LEADS, MI_TYPES, STATEMENTS, Records, UsageError, import_optional
 
 CLASSES = ("NORM",) + MI_TYPES
@@ -34,7 +34,6 @@ SEED = 2506
 RECORD_HZ = 100  # of records100/, the copy that was complete where this was measured
 BEAT_HZ = 500  # R is found to 2 ms
 BEFORE, AFTER = 150, 250  # samples of a beat before and after R: 300 and 500 ms
-EIGHT = [LEADS.index(lead) for lead in INDEPENDENT]  # the other four say nothing new
 SMALLEST_WAVE = 0.08  # mV over eight leads: less is no P or T whose limits can be seen
 
 INTERVALS = ("RR", "SD of RR", "PR", "QRS", "QTc")
@@ -65,7 +64,7 @@ def find_r(ecg: np.ndarray) -> np.ndarray:
     a median, but not each one, as RR needs.
     """
     signal = import_optional("scipy.signal", "finding beats")
-    eight = ecg[EIGHT]
+    eight = ecg[INDEPENDENT_ROWS]
     change = np.linalg.norm(eight[:, 8:] - eight[:, :-8], axis=0)  # in 16 ms
     steep = np.convolve(change, np.ones(30) / 30, "same")  # (T - 8,)
     highest = [part.max() for part in np.array_split(steep, 5)]  # one of five may be an artefact
@@ -112,11 +111,11 @@ def intervals(r: np.ndarray, beat: np.ndarray) -> np.ndarray:
     where the steepest tangent to the size of the vector meets zero.  QTc is Fridericia's.
     """
     rr = np.diff(r) * 1000 / BEAT_HZ
-    slope = np.abs(np.gradient(beat[EIGHT], axis=1)).sum(0)  # (400,) mV in 2 ms
+    slope = np.abs(np.gradient(beat[INDEPENDENT_ROWS], axis=1)).sum(0)  # (400,) mV in 2 ms
     is_steep = slope > 0.08 * slope[between(-100, 100)].max()
     onset = BEFORE - steep_samples(is_steep[BEFORE::-1])
     end = BEFORE + steep_samples(is_steep[BEFORE:])
-    size = np.linalg.norm(beat[EIGHT], axis=0)  # (400,) mV
+    size = np.linalg.norm(beat[INDEPENDENT_ROWS], axis=0)  # (400,) mV
     p = np.full_like(size, -np.inf)
     p[onset - 90 : onset - 10] = size[onset - 90 : onset - 10]
     p_onset = foot(size, p.argmax(), -1)

@@ -39,6 +39,7 @@ SYNTHETIC_TYPES = ("NORM",) + MI_TYPES + ABNORMAL
 # the directions of the walls and the noise are our own choice.
 # ------------------------------------------------------------------------------------------------
 
+INDEPENDENT_ROWS = [LEADS.index(lead) for lead in INDEPENDENT]
 # The other leads as sums of I and II.
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}
 

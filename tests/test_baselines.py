@@ -14,6 +14,7 @@ from methods import GENERATIVE, METHODS
 import selfmis
 import train_probe
 from extras.baselines import clocs, common, heartlang, simclr, three_kg
+from extras.synthetic import INDEPENDENT_ROWS
 from selfmis import UsageError
 
 
@@ -76,7 +77,7 @@ def test_no_turn_is_no_change(ecg):
     torch.testing.assert_close(three_kg.turn(ecg, angles, factors, published=False), ecg)
     kept = three_kg.DOWER @ three_kg.INVERSE_DOWER
     found = three_kg.turn(ecg, angles, factors, published=True)
-    torch.testing.assert_close(found[:, three_kg.INDEPENDENT], kept @ ecg[:, three_kg.INDEPENDENT])
+    torch.testing.assert_close(found[:, INDEPENDENT_ROWS], kept @ ecg[:, INDEPENDENT_ROWS])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from conftest import made_up
 import selfmis
 import train_pretrain
 from extras.baselines import heartlang
-from extras.baselines.common import INDEPENDENT, random_stream, zscore
+from extras.baselines.common import random_stream, zscore
 from extras.baselines.heartlang import IDLE_STEPS, BeatTransformer, HeartLang, HeartLangConfig
 from extras.baselines.heartlang import Vocabulary, WordTransformer, cut_words, find_beats, mask_half
+from extras.synthetic import INDEPENDENT_ROWS
 from selfmis import UsageError
 
 TINY = dict(width=16, layers=2, heads=2, feed_forward=24)
@@ -53,7 +54,9 @@ def reader(vocabulary):
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return BeatTransformer(12, rows=INDEPENDENT, beats=16, slots=128, dropout=0.1, **TINY).eval()
+    return BeatTransformer(
+        12, rows=INDEPENDENT_ROWS, beats=16, slots=128, dropout=0.1, **TINY
+    ).eval()
 
 
 @pytest.mark.parametrize(

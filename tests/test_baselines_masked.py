@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from conftest import spy
 
 from extras.baselines import st_mem, w2v_cmsc, wav2vec2
-from extras.baselines.common import INDEPENDENT, random_stream, random_segment, zscore
+from extras.baselines.common import random_stream, random_segment, zscore
 from extras.baselines.st_mem import STMEM, STMEMConfig, score_patches, time_code
 from extras.baselines.transformer import Layer
 from extras.baselines.w2v_cmsc import W2VCMSC, W2VCMSCConfig
 from extras.baselines.wav2vec2 import Quantiser, Wav2Vec2, Wav2Vec2Config, contrast, mask_spans
+from extras.synthetic import INDEPENDENT_ROWS
 from selfmis import UsageError
 
 assert_close = torch.testing.assert_close
@@ -330,7 +331,7 @@ def test_the_loss_is_the_squared_error_of_scored_masked_patches(tiny, monkeypatc
     assert float(crop.std()) == pytest.approx(1, rel=0.05)  # scored
     for b, r in torch.cartesian_prod(torch.arange(2), torch.arange(8)):
         for k in set(range(30)) - set(seen[0][b, r, :, 0].tolist()):
-            x = crop[b, INDEPENDENT[r], 30 * k : 30 * k + 30]
+            x = crop[b, INDEPENDENT_ROWS[r], 30 * k : 30 * k + 30]
             target = (x - x.mean()) / (((x - x.mean()) ** 2).sum() / 29 + 1e-6) ** 0.5
             errors.append(float(((guess[b, r, k] - target) ** 2).mean()))
     assert len(errors) == 2 * 8 * 23
@@ -354,7 +355,7 @@ def embedding_by_hand(encoder, x):
     crops = []
     for start in (0, 50, 100):
         tokens = []
-        for r, lead in enumerate(INDEPENDENT):
+        for r, lead in enumerate(INDEPENDENT_ROWS):
             if x[lead].any():
                 patches = x[lead, start : start + 900].split(30)
                 places = [encoder.embed(patches[k]) + time_code(256)[1 + k] for k in range(30)]

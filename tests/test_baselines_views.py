@@ -14,13 +14,13 @@ from conftest import spy
 from methods import METHODS
 
 from extras.baselines import crops
-from extras.baselines.common import INDEPENDENT, random_segment, random_stream, recompute_limbs
-from extras.baselines.common import zscore
+from extras.baselines.common import random_segment, random_stream, recompute_limbs, zscore
 from extras.baselines.losses import info_nce, nt_xent, patient_nt_xent
 from extras.baselines.simclr import MILD, PUBLISHED, augment, blank_leads
 from extras.baselines.three_kg import DOWER as FROM_DIPOLE
 from extras.baselines.three_kg import INVERSE_DOWER, blank_half, random_turn
 from extras.baselines.three_kg import rotation, turn
+from extras.synthetic import INDEPENDENT_ROWS
 from extras.synthetic_tables import DOWER
 
 SILENCE = dict(powerline=0.0, muscle=0.0, step=0.0, shift=(0.0, 0.0), wander=0.0, gain=(1.0, 1.0))
@@ -228,7 +228,7 @@ def test_the_matrix_inverts_dowers_vectors_lead_by_lead():
     """X left, Y foot, Z back, and the leads in the order of the rows."""
     vectors = torch.tensor(DOWER, dtype=torch.float64)  # (8, 3)
     torch.testing.assert_close(INVERSE_DOWER @ vectors, torch.eye(3).double(), rtol=0, atol=0.01)
-    assert INDEPENDENT == [0, 1, 6, 7, 8, 9, 10, 11]
+    assert INDEPENDENT_ROWS == [0, 1, 6, 7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(
@@ -259,13 +259,15 @@ def test_a_turned_heart_is_turned_then_stretched_record_by_record(published):
     found = turn(ecg, angles, factors, published)
     to_dipole, R = INVERSE_DOWER.numpy(), rotation(angles.double()).numpy()
     for i in range(5):
-        x = ecg[i, INDEPENDENT].numpy()
+        x = ecg[i, INDEPENDENT_ROWS].numpy()
         dipole = to_dipole @ x
         moved = np.diag(factors[i].double().numpy()) @ (R[i] @ dipole)
         expected = np.linalg.pinv(to_dipole) @ moved
         if not published:
             expected += x - np.linalg.pinv(to_dipole) @ dipole
-        np.testing.assert_allclose(found[i, INDEPENDENT].numpy(), expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(
+            found[i, INDEPENDENT_ROWS].numpy(), expected, rtol=1e-10, atol=1e-12
+        )
     torch.testing.assert_close(found, recompute_limbs(found), rtol=0, atol=0)
 
 
@@ -274,8 +276,8 @@ def test_what_the_dipole_cannot_hold_stays_or_goes():
     kept = FROM_DIPOLE @ INVERSE_DOWER
     angles, factors = random_turn(4, random_stream(0))
     outside = torch.eye(8).double() - kept
-    stays, goes = (turn(ecg, angles, factors, p)[:, INDEPENDENT] for p in (False, True))
-    torch.testing.assert_close(outside @ stays, outside @ ecg[:, INDEPENDENT])
+    stays, goes = (turn(ecg, angles, factors, p)[:, INDEPENDENT_ROWS] for p in (False, True))
+    torch.testing.assert_close(outside @ stays, outside @ ecg[:, INDEPENDENT_ROWS])
     torch.testing.assert_close(outside @ goes, torch.zeros(4, 8, 30).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(kept @ stays, goes)
 

@@ -26,12 +26,11 @@ import selfmis
 import train_pretrain
 from extras.baselines.losses import gather
 from extras.baselines.transformer import CONV_SIZES, ConvTransformer
-from extras.synthetic import DERIVED
+from extras.synthetic import DERIVED, INDEPENDENT_ROWS
 from selfmis import LEADS, SIZES, Config, InputSpec, Ranks, ResNet1D, UsageError, flag
 from selfmis import lead_index
 from train_pretrain import Training
 
-INDEPENDENT = [i for i, lead in enumerate(LEADS) if lead not in DERIVED]  # I, II, V1 ... V6
 SMALL_BUDGET = dict(
     sample_rate=100.0, epochs=8, batch_size=128, lr=5e-4, warmup=50, weight_decay=0.01
 )
@@ -137,7 +136,7 @@ def rows_seen(config: BaselineConfig) -> list[int]:
     """The leads of which st_mem and heartlang make tokens: `small` takes the independent ones."""
     if config.leads == 1:
         return [lead_index("I")]
-    return INDEPENDENT if config.size == "small" else list(range(len(LEADS)))
+    return INDEPENDENT_ROWS if config.size == "small" else list(range(len(LEADS)))
 
 
 class ContrastiveMethod(Method):

@@ -20,9 +20,10 @@ import math
 
 import torch
 
-from extras.baselines.common import INDEPENDENT, ContrastiveConfig, ContrastiveMethod
-from extras.baselines.common import random_segment, recompute_limbs, run_baseline, to_view, zscore
+from extras.baselines.common import ContrastiveConfig, ContrastiveMethod, random_segment
+from extras.baselines.common import recompute_limbs, run_baseline, to_view, zscore
 from extras.baselines.losses import gather, patient_nt_xent
+from extras.synthetic import INDEPENDENT_ROWS
 from selfmis import flag
 
 # Dipole (x, y, z) = INVERSE_DOWER @ (I, II, V1 ... V6).
@@ -86,9 +87,9 @@ def turn(
         change = change - torch.eye(3, dtype=torch.float64)
     matrix = kept + DOWER @ change @ INVERSE_DOWER  # (B, 8, 8)
     with torch.autocast(ecg.device.type, enabled=False):  # bf16 would round the signal itself
-        leads = matrix.to(ecg) @ ecg[:, INDEPENDENT]  # (B, 8, T)
+        leads = matrix.to(ecg) @ ecg[:, INDEPENDENT_ROWS]  # (B, 8, T)
     turned = ecg.clone()
-    turned[:, INDEPENDENT] = leads
+    turned[:, INDEPENDENT_ROWS] = leads
     return recompute_limbs(turned)
 
 
