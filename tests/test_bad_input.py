@@ -278,12 +278,19 @@ def test_teachers_that_do_not_fit(tmp_path, ptbxl, tiny, no_reading, widths, lea
         (["--resume", "--overwrite"], "choose one"),
         (["--seed", "-1"], "--seed -1: expected 0 or more"),
         (["--warmup", "-5"], "--warmup -5: expected 0 or more"),
+        (["--save-seconds", "nan"], "--save-seconds nan: expected 0 or more"),
     ],
 )
 def test_flags(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
         selfmis.parse_flags(PretrainConfig, "", arguments)
     assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed", [dict(amp="bf16"), dict(compile=True)])
+def test_flags_that_a_frozen_encoder_would_ignore_are_refused(changed):
+    with pytest.raises(UsageError, match="--compile, --amp: a frozen encoder runs as it is"):
+        ProbeConfig(**changed)
 
 
 def run_script(monkeypatch, main, *arguments):

@@ -475,6 +475,15 @@ def test_a_cache_is_reused_shared_and_never_stale(tmp_path, ptbxl, teacher, read
     assert number_read(spec=SPEC._replace(sample_rate_hz=50)) == (16, 8)
 
 
+def test_two_runs_that_begin_one_cache_at_once_empty_nothing(tmp_path, monkeypatch):
+    mine, theirs = (selfmis.CachedArray(tmp_path, "signals", ["key"], (4, 2)) for _ in range(2))
+    theirs.create()
+    theirs.write(np.array([1]), np.ones((1, 2)))
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as a moment before
+    mine.create()
+    np.testing.assert_array_equal(mine.read(np.array([0, 1])), [[0, 0], [1, 1]])
+
+
 def test_other_rows_of_a_collection_share_its_cache(tmp_path, ptbxl, mimic, teacher, reads):
     records = mixed(ptbxl, mimic)
     few = np.random.default_rng(0).permutation(80)[:30]
