@@ -1,4 +1,4 @@
-"""What is stored in any checkpoint, as a model card.
+"""What is stored in any checkpoint of an encoder, as a model card.
 
     python -m extras.card FILE
 
@@ -9,7 +9,7 @@ import argparse
 
 from extras import command_parser, run_action
 from extras.detect import DISCLAIMER, describe_data, describe_probe, operating_point, point_lines
-from selfmis import load_encoder, read_checkpoint
+from selfmis import is_empty, load_encoder, read_checkpoint
 from train_probe import format_cell
 
 
@@ -39,9 +39,8 @@ def describe_checkpoint(path) -> str:
         if content.get(name):
             values = ", ".join(f"{key} {value:.4g}" for key, value in content[name].items())
             lines.append(f"{name}: {values}")
-    # Settings that were left off or empty say nothing.
     config = content.get("config", {})
-    settings = [f"{k} {v}" for k, v in config.items() if v not in (None, False, [], "")]
+    settings = [f"{k} {v}" for k, v in config.items() if not is_empty(v) and v != ""]
     lines.append(f"settings: {', '.join(settings)}")
     lines.append(f"limits: {DISCLAIMER}; one lead does not show every infarct")
     return "\n".join(lines)

@@ -37,7 +37,7 @@ HERE = Path(__file__).resolve().parent
 # --------------------------------------------------------------------------------------------------
 
 SMALL = "--size small --sample-rate 100"
-FULL = "--size ecgfounder --sample-rate 100 --amp bf16"
+FULL = "--size ecgfounder --sample-rate 100"
 # --amp off where bf16 is not named: the same precision whatever the processor has.
 FINETUNE = "train_probe.py --finetune --epochs 8 --amp off"
 PROBE = "train_probe.py --encoder"
@@ -70,9 +70,9 @@ RUNS = (
     ("scratch-#-longer", 1, f"{FINETUNE} --lead I {SMALL} --epochs 16"),
     ("scratch-#-longer-frozen", 1, f"{PROBE} @scratch-#-longer"),
     # The full network.
-    ("full-teacher", 1, f"{FINETUNE} --lead all {FULL}"),
+    ("full-teacher", 1, f"{FINETUNE} --lead all {FULL} --amp bf16"),
     ("full-teacher-frozen", 1, f"{PROBE} @full-teacher"),
-    ("full-scratch", 1, f"{FINETUNE} --lead I {FULL}"),
+    ("full-scratch", 1, f"{FINETUNE} --lead I {FULL} --amp bf16"),
     ("full-scratch-frozen", 1, f"{PROBE} @full-scratch"),
     ("full-random", 1, f"{PROBE} random --lead I {FULL}"),
     ("full-paper", 1, f"{ALIGN} --loss paper --multi @full-teacher --amp bf16"),

@@ -26,7 +26,7 @@ from extras.detect import (
     load_detector,
     operating_point,
 )
-from selfmis import MI_TYPES, SECONDS, UsageError, nan_to_none, write_atomically
+from selfmis import MI_TYPES, SECONDS, ResNet1D, UsageError, nan_to_none, write_atomically
 
 
 def export_detector(path, out) -> str:
@@ -40,6 +40,9 @@ def export_detector(path, out) -> str:
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UsageError(f"{out}: cannot be written (it is a folder, or in none)")
     encoder = detector.classifier.encoder
+    if not isinstance(encoder, ResNet1D):
+        kind = type(encoder).__name__
+        raise UsageError(f"{path}: a {kind}: only ResNet1D is exported")
     network = CalibratedClassifier(encoder, detector.content, zscore=normalize == "zscore").eval()
     shape = len(detector.leads), round(SECONDS * detector.sample_rate_hz)  # (L, T)
     # The example has two records: torch takes a dimension of one for a constant.
@@ -61,8 +64,8 @@ def about_detector(detector: Detector) -> dict[str, str]:
         "sample_rate_hz": f"{detector.sample_rate_hz:g}",
         "unit": "mV",
         "seconds": f"{SECONDS:g}",
-        "longer": "the mean of the probabilities of windows of 10 s, but for those without an ECG",
-        "shorter": "zeros behind it would be scored, which was not measured",
+        "longer": "average the probabilities of windows of 10 s, but for those without an ECG",
+        "shorter": "how well it does with zeros behind the recording was not measured",
         "any_infarct": json.dumps(any_infarct),
         "probe": json.dumps(nan_to_none(describe_probe(detector.content))),
         "limits": DISCLAIMER,

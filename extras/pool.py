@@ -22,7 +22,7 @@ from selfmis import UsageError
 from train_probe import any_infarct, as_table, infarct_score, mean_auc, read_predictions, summarize
 
 # What may differ between the runs.  Lead, rate and preprocessing are compared as they came out.
-FREE = {*selfmis.FREE_ON_RESUME, "test_fold", "val_fold", "encoder"}
+FREE = {*selfmis.FREE_ON_RESUME, "test_fold", "val_fold", "encoder"} - {"batch_size", "amp"}
 FREE |= {"lead", "sample_rate", "normalize", "filter"}
 
 

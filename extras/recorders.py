@@ -26,17 +26,19 @@ from selfmis import UsageError, flag
 from train_pretrain import PretrainConfig, Training
 
 
+INPUT = dict(lead="I", normalize="zscore", filter="none")
+ONLY = "a simple recorder has lead I, z-scored and not filtered"
+
+
 @dataclasses.dataclass
 class RecorderConfig(PretrainConfig):
     out: str = flag("runs/recorders", "folder of the run", metavar="DIR")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expected = dict(lead="I", normalize="zscore", filter="none")
-        for name, value in expected.items():
+        for name, value in INPUT.items():
             if getattr(self, name) not in (None, value):
-                given = f"--{name} {getattr(self, name)}"
-                raise UsageError(f"{given}: a simple recorder has lead I, scored, not filtered")
+                raise UsageError(f"--{name} {getattr(self, name)}: {ONLY}")
 
 
 @dataclasses.dataclass
@@ -48,15 +50,6 @@ class RecorderTraining(Training):
 
     kind = "pretrain on halves through simple recorders"
 
-    def __post_init__(self) -> None:
-        expected = dict(normalize="zscore", filter="none")
-        if self.spec.lead != "I" or self.spec.preprocessing != expected:
-            found = f"lead {self.spec.lead}, {selfmis.as_flags(self.spec.preprocessing)}"
-            raise UsageError(
-                f"--multi, --single: made for {found}; a simple recorder has lead I, scored, not "
-                "filtered"
-            )
-
     def step_loss(self, rows, signals, targets) -> torch.Tensor:
         draw = random_stream(self.config.seed, self.epoch, self.step, self.ranks.rank)
         passed = zscore(record_simply(signals, self.spec.sample_rate_hz, draw))
@@ -64,7 +57,7 @@ class RecorderTraining(Training):
 
 
 def record_simply(x: torch.Tensor, sample_rate_hz: float, draw: torch.Generator) -> torch.Tensor:
-    """Scored records (B, L, T) -> (B, L, T), each through a recorder of its own.
+    """z-scored records (B, L, T) -> (B, L, T), each through a recorder of its own.
 
     One in two wanders, by up to its own deviation.  Three in four have a high-pass of one pole, one
     in four another one, one in two a low-pass; one in four is held with swapped hands.
@@ -102,11 +95,15 @@ def high_pass(frequency_hz: torch.Tensor, cutoff_hz: torch.Tensor) -> torch.Tens
 
 
 def low_pass(frequency_hz: torch.Tensor, cutoff_hz: torch.Tensor) -> torch.Tensor:
-    """A Butterworth filter of second order, forth and back (-6 dB): no delay, no shifted record."""
+    """A Butterworth filter of second order, forward and back (-6 dB): nothing is delayed."""
     return 1 / (1 + (frequency_hz / cutoff_hz) ** 4)
 
 
 def main(config: RecorderConfig) -> dict:
+    _, _, spec = train_pretrain.open_encoders(config)
+    found = dict(lead=spec.lead, **spec.preprocessing)
+    if found != INPUT:
+        raise UsageError(f"--multi, --single: made for {selfmis.as_flags(found)}; {ONLY}")
     return train_pretrain.main(config, RecorderTraining)
 
 

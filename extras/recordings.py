@@ -156,6 +156,8 @@ def read_npy(path: Path, leads, unit: str | None, column: str | None):
     try:
         with open(path, "rb") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # numpy raises many kinds for broken files
         raise RecordError(f"{path}: not a readable .npy array of numbers") from error
     rows = np.atleast_2d(array)

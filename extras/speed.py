@@ -3,10 +3,10 @@
     python -m extras.speed                 all but gpu, some twenty-five minutes on two cores
     python -m extras.speed cost detect     only these
     python -m extras.speed gpu             what a GPU does, nine minutes at most
-    python -m extras.speed gpu --device cpu --mini     the same code in half a minute: does it run?
+    python -m extras.speed gpu --device cpu --mini     does it run? half a minute; not compiled
 
 cost       Table 4: parameters, multiply-accumulates, records/s and memory of the encoders
-network    forward and training step beside ECGFounder's network, built layer by layer
+network    forward, and forward with backward, beside ECGFounder's network, layer by layer
 pipeline   one pass and a cache, beside a loop that reads and embeds in every epoch
 probe      features once, beside an encoder that runs in every epoch
 metrics    roc_auc and retrieval of large sets
@@ -49,7 +49,7 @@ def cost(device: torch.device) -> None:
             for leads in (1, 12):
                 encoder = ResNet1D(leads, **SIZES[size]).eval().to(device)
                 parameters = sum(p.numel() for p in encoder.parameters())
-                ecg = torch.randn(64, leads, 10 * rate_hz)
+                ecg = torch.randn(128, leads, 10 * rate_hz)  # a whole chunk of `embed`
                 seconds = median_seconds(partial(selfmis.embed, encoder, ecg, device), 3)
                 gmac = f"{count_macs(encoder, rate_hz) / 1e9:.3f}"
                 memory = peak_mib()
@@ -117,8 +117,9 @@ def pipeline() -> None:
         print(f"  {name:<32}{1000 * seconds:9.0f}  {plain / seconds:.2f} x faster")
 
 
-def time_pipeline(folder: Path, n: int = 192, batch: int = 16) -> dict[str, float]:
+def time_pipeline(folder: Path) -> dict[str, float]:
     """Seconds a record of every part."""
+    n, batch = 192, 16
     write_records(folder / "data", n)
     records = selfmis.find_records(str(folder / "data"))
     dataset = selfmis.SelfCuttingDataset(records)
@@ -241,12 +242,13 @@ def run_parts(flags: argparse.Namespace) -> None:
     if unknown:
         raise UsageError(f"no part {unknown[0]}; there are {', '.join(parts)}")
     if "gpu" in chosen and ranks.device.type != "cuda" and not flags.mini:
-        raise UsageError("gpu: there is none; --mini runs the same code in miniature on the CPU")
-    device = "CPU"
-    if ranks.device.type == "cuda":
-        device = torch.cuda.get_device_name()
+        raise UsageError(
+            "gpu: needs a GPU; --mini runs all but the compiled step in miniature on the CPU"
+        )
     threads = f"{selfmis.available_cores()} cores, {torch.get_num_threads()} threads"
-    print(f"{device}, {threads}, torch {torch.__version__}", flush=True)
+    print(f"CPU, {threads}, torch {torch.__version__}", flush=True)
+    if ranks.device.type == "cuda":
+        print(f"cost and gpu: {torch.cuda.get_device_name()}", flush=True)
     for part in chosen:
         print(f"\n{part}")
         parts[part]()
@@ -255,7 +257,8 @@ def run_parts(flags: argparse.Namespace) -> None:
 def main(argv=None) -> None:
     parser = command_parser("extras.speed", __doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help="which; default: all but gpu")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    devices = ("auto", "cpu", "cuda", "mps")
+    parser.add_argument("--device", default="auto", choices=devices, help="of cost and gpu")
     parser.add_argument("--mini", action="store_true", help="gpu: a tiny network, a few steps")
     run_action(run_parts, parser.parse_args(argv))
 

@@ -131,18 +131,17 @@ def step_seconds(learner, batches, device: torch.device) -> float:
 
 
 def time_step(learner, scale: Scale, device: torch.device) -> tuple[float, str]:
-    """Seconds a step, and the most memory."""
+    """Seconds a step, and the most memory that was reserved, that of captured graphs included."""
     batch = random_batch(scale, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(4):  # kernels are chosen, compiled, captured
         train_step(learner, *batch)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = float(
-        np.median([step_seconds(learner, [batch], device) for _ in range(scale.repeats)])
-    )
+    seconds = step_seconds(learner, scale.repeats * [batch], device)
     peak = "no GPU"
     if device.type == "cuda":
-        peak = f"peak {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB"
+        peak = f"{torch.cuda.max_memory_reserved() / 2**20:,.0f} MiB reserved"
     return seconds, peak
 
 
@@ -162,7 +161,7 @@ def steps(scale: Scale, ranks: Ranks, is_compiled: bool) -> None:
             verdict += f", scaled by {learner.scaler.get_scale():,.0f}"
         form = "compiled" if is_compiled else "eager"
         speed = f"{scale.batch / seconds:,.0f} records/s, {peak}"
-        share = f"the floor is {1000 * floor:.2f} ms, {floor / seconds:.0%} of it"
+        share = f"the floor, {1000 * floor:.2f} ms, is {floor / seconds:.0%} of that"
         row(f"step, {amp}, {form}", f"{1000 * seconds:.2f} ms", f"{speed}; {share}; {verdict}")
 
 
@@ -170,7 +169,11 @@ def teacher(scale: Scale, ranks: Ranks) -> None:
     encoder = ResNet1D(12, **scale.architecture).eval().to(ranks.device)
     ecg = torch.randn(4 * scale.batch, 12, scale.T)
     seconds = median_seconds(partial(selfmis.embed, encoder, ecg, ranks.device), 3, ranks.device)
-    row("teacher, float32", f"{len(ecg) / seconds:,.0f} records/s", "twelve leads out of memory")
+    row(
+        "teacher, float32",
+        f"{len(ecg) / seconds:,.0f} records/s",
+        "twelve leads, sent from the host's memory",
+    )
 
 
 def feed(scale: Scale, ranks: Ranks) -> None:
@@ -184,7 +187,8 @@ def feed(scale: Scale, ranks: Ranks) -> None:
         records = selfmis.find_records(f"synthetic:{n}")
         pairs = selfmis.read_pairs(config, records, rows, input_spec(scale.rate_hz), ranks, encoder)
         batches = np.split(rows, n // scale.batch)
-        time_step(learner, scale, device)  # the first steps do not count
+        step_seconds(learner, pairs.batches(batches), device)  # the first steps do not count
+        batches = 4 * batches
         fed = step_seconds(learner, pairs.batches(batches), device)
         one = next(pairs.batches(batches))
         again = step_seconds(learner, [one] * len(batches), device)
@@ -193,7 +197,8 @@ def feed(scale: Scale, ranks: Ranks) -> None:
         for _ in pairs.batches(batches):
             pass
         host = (time.perf_counter() - start) / len(batches)
-    row("step out of the cache, bf16", f"{1000 * fed:.2f} ms", f"{fed / again:.2f} x one batch's")
+    remark = f"{fed / again:.2f} x the step that repeats one batch"
+    row("step out of the cache, bf16", f"{1000 * fed:.2f} ms", remark)
     row("to read and send a batch", f"{1000 * host:.2f} ms", "time of the host")
 
 
@@ -220,14 +225,14 @@ def groups(scale: Scale, ranks: Ranks) -> None:
         if layer.conv.groups > 1:
             x = torch.randn(shape, device=ranks.device, dtype=torch.bfloat16)
             x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-            call = partial(forward_and_backward, layer, x)
+            call = partial(forward_and_backward, layer, x, torch.randn_like(layer(x)))
             seconds.append(median_seconds(call, scale.repeats, ranks.device))
     many = f"{len(seconds)} of them, forward and backward"
     row("grouped convolutions alone, bf16", f"{1000 * sum(seconds):.2f} ms", many)
 
 
-def forward_and_backward(layer: torch.nn.Module, x: torch.Tensor) -> None:
-    layer(x).sum().backward()
+def forward_and_backward(layer: torch.nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> None:
+    torch.autograd.grad(layer(x), [x, *layer.parameters()], gradient)
 
 
 def loss(scale: Scale, ranks: Ranks) -> None:
@@ -257,9 +262,11 @@ def nccl(scale: Scale, ranks: Ranks) -> None:
         pretrain += ["--loss", "softmax", "--epochs", "3", "--out", str(out), "--resume"]
         start = time.perf_counter()
         process = start_torchrun(pretrain)
-        log = out / "log.jsonl"
-        while process.poll() is None and not (log.exists() and "val_loss" in log.read_text()):
-            time.sleep(0.1)
+        for line in process.stdout:
+            if line.startswith("epoch 1/3 |"):  # it is saved
+                break
+        else:
+            sys.exit("torchrun ended before an epoch did")
         process.terminate()
         process.communicate()
         row("torchrun: pass, an epoch, killed", f"{time.perf_counter() - start:.1f} s")
@@ -320,13 +327,22 @@ def run_all(device: str, mini: bool) -> None:
         try:
             returncode = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+            end(process)
             returncode = process.wait()
             row(part, "cut off", f"after {limit:.0f} s")
         if returncode:
             failed.append(part)
     if failed:
         sys.exit(f"not finished: {', '.join(failed)}")
+
+
+def end(process: subprocess.Popen) -> None:
+    """With what it has started: torchrun's own processes end if it has time to end them."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_part(flags: argparse.Namespace) -> None:

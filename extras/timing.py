@@ -46,14 +46,14 @@ def median_seconds(function, repeats: int = 5, device: torch.device = ALONE.devi
     return float(np.median(seconds))
 
 
-def in_turns(functions: dict, budget_seconds: float = 3.0) -> dict[str, float]:
+def in_turns(functions: dict) -> dict[str, float]:
     """Median seconds of each, called one after the other, so that noise meets all alike."""
     for function in functions.values():
         function()
     seconds = {name: [] for name in functions}
     start = time.perf_counter()
     rounds = 0
-    while rounds < 3 or (time.perf_counter() - start < budget_seconds and rounds < 50):
+    while rounds < 3 or (time.perf_counter() - start < 3 and rounds < 50):
         rounds += 1
         for name, function in functions.items():
             before = time.perf_counter()

@@ -220,7 +220,7 @@ def test_the_detector_is_timed_and_an_unknown_part_refused(capsys):
     assert "no part nonsense" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         speed.main(["gpu", "--device", "cpu"])
-    assert "gpu: there is none; --mini" in capsys.readouterr().err
+    assert "gpu: needs a GPU; --mini" in capsys.readouterr().err
 
 
 def test_the_original_layer_by_layer_embeds_as_ours():

@@ -78,7 +78,7 @@ def test_recorders_take_scored_records_only(tmp_path):
     # As an encoder brings it along.
     config = recorders.RecorderConfig(out=str(tmp_path / "a"), **flags | dict(normalize=None))
     config.normalize = "none"
-    with pytest.raises(UsageError, match="lead I, --normalize none --filter none; a simple"):
+    with pytest.raises(UsageError, match="made for --lead I --normalize none --filter none; a"):
         recorders.main(config)
 
 

@@ -111,7 +111,9 @@ def test_what_it_does_on_a_hand_held_device_is_counted_among_normal_records(tmp_
         ship.normal_recordings(tmp_path / "short")
 
 
-def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(tmp_path, monkeypatch):
+def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(
+    tmp_path, monkeypatch, capsys
+):
     out, weights, started = tmp_path / "runs", tmp_path / "weights.pt", []
     (out / "recorders-0-probe").mkdir(parents=True)
     write_probe(out / "recorders-0-probe/probe.pt")
@@ -121,7 +123,8 @@ def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(tmp_pat
 
     def rate(path, recordings):
         kinds = {value.dtype for value in selfmis.read_checkpoint(path)["encoder"].values()}
-        return f"of {recordings}, {kinds}"
+        assert (recordings, kinds) == ("device", {torch.float16})
+        return dict(recordings=1234, positive=0.25)
 
     monkeypatch.setattr(ship, "WEIGHTS", weights)
     monkeypatch.setattr(ship.table1, "run_chains", run_chains)
@@ -130,5 +133,7 @@ def test_it_ships_what_three_runs_of_table_1_have_made_and_measures_that(tmp_pat
     ship.main(["anywhere", "--handheld", "device", "--out", str(out)])
     assert tuple(started) == ship.RUNS
     content = selfmis.read_checkpoint(weights)
-    assert content["handheld"] == "of device, {torch.float16}"
+    assert content["handheld"] == dict(recordings=1234, positive=0.25)
+    said = "on a hand-held device 25.0% of 1,234 normal rhythms are called positive"
+    assert said in capsys.readouterr().out
     assert content["config"]["data"] == ["ptb-xl"]

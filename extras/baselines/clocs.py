@@ -2,15 +2,15 @@
 
     python -m extras.baselines.clocs --data ptb-xl --size small --out runs/clocs
 
-A record is scored (z-score of all its leads), cut into two halves of five seconds, and InfoNCE over
+A record is z-scored, all its leads together, cut into two halves of five seconds, and InfoNCE over
 the batch asks which second half belongs to which first half.  Published (Kiyasseh et al. 2021,
 arXiv 2005.13249): one lead, three convolutions and a linear layer; the SelfMIS paper's 90.37 M
 parameters are those of the conv-transformer on twelve leads, and that is the network here.
 Departures: the z-score; other records of the same patient in a batch count as strangers, where they
 are pairs too as published; and common.py's schedule.
 
---self-cut is ours: each half shows, with probability 1/2, all leads or lead I alone, scored alone,
-beside eleven rows of zeros: a SelfMIS that needs neither labels nor a teacher.
+--self-cut is ours: each half shows, with probability 1/2, all leads or lead I alone, z-scored on
+its own, beside eleven rows of zeros: a SelfMIS that needs neither labels nor a teacher.
 """
 
 import dataclasses

@@ -171,7 +171,7 @@ def to_view(ecg: torch.Tensor, leads: int) -> torch.Tensor:
 def zscore(x: torch.Tensor) -> torch.Tensor:
     """(B, L, T) minus its mean, over its deviation, all leads together.
 
-    As `preprocess` does it for ten seconds; the zeros behind a shorter record are scored, too.
+    As `preprocess` does it for ten seconds; the zeros behind a shorter record count, too.
     """
     deviation = x.std((1, 2), correction=0, keepdim=True)
     deviation = torch.where(deviation > 0, deviation, 1)  # a flat view stays flat
@@ -277,7 +277,7 @@ def pretrain(
         ranks.print(f"{out}: finished already")
         return last["last_entry"]
 
-    # Views are made in mV out of all leads, and scored afterwards.
+    # Views are made in mV out of all leads, and z-scored afterwards.
     cached = spec._replace(lead="all", preprocessing=spec.preprocessing | dict(normalize="none"))
     rows = np.concatenate([train_rows, val_rows])
     pairs = selfmis.read_pairs(config, records, rows, cached, ranks)

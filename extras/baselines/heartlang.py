@@ -76,6 +76,9 @@ class HeartLangConfig(BaselineConfig):
         super().__post_init__()
         if self.sample_rate not in (None, 100):
             raise UsageError(f"--sample-rate {self.sample_rate:g}: words are cut at 100 Hz")
+        epochs = self.vocabulary_epochs
+        if epochs is not None and epochs < 1:
+            raise UsageError(f"--vocabulary-epochs {epochs}: expected a number above 0")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def find_beats(lead_I: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Te
     processing = import_optional("wfdb.processing", "finding beats")
     places = torch.zeros(len(lead_I), slots, dtype=torch.int64)
     is_real = torch.zeros(len(lead_I), slots, dtype=torch.bool)
-    for i, signal in enumerate(lead_I.double().cpu().numpy()):
+    for i, signal in enumerate(lead_I.cpu().double().numpy()):
         beats = processing.xqrs_detect(signal, RATE_HZ, verbose=False)[:slots]
         if len(beats) == 0:
             beats = range(CENTRE, len(signal), BEAT)[:slots]

@@ -2,7 +2,7 @@
 
     python -m extras.baselines.simclr --data ptb-xl --size small --out runs/simclr
 
-Of each record a random segment of five seconds is disturbed twice (`augment`), scored, embedded;
+Of each record a random segment of five seconds is disturbed twice (`augment`), z-scored, embedded;
 NT-Xent over the batch asks which copies belong together.  After Chen et al. 2020 (arXiv
 2002.05709).
 
@@ -10,9 +10,9 @@ Departures from the published form: its disturbances are drawn each time and dro
 up to 0.5 mV on every lead, a step of 1 mV); here each comes with probability 1/2 and is mild, and
 there is a gain.  --published goes back to them, but that the limb leads agree after the step too.
 There is no powerline at 100 Hz, where 50 Hz lies on the edge and 60 Hz would fold to 40.  Leads are
-blanked with --leads 12 only.  Views are always scored, five seconds at a time, where the published
-ones stay in millivolts; leads are blanked behind that, so that one that is left is not larger than
-a probe will show it.  And common.py's schedule.
+blanked with --leads 12 only.  Views are always z-scored, five seconds at a time, where the
+published ones stay in millivolts; leads are blanked behind that, so that one that is left is not
+larger than a probe will show it.  And common.py's schedule.
 """
 
 import dataclasses

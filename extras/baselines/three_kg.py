@@ -11,7 +11,7 @@ All views of one patient in a batch belong together (`patient_nt_xent`).  After 
 Departure: the dipole holds 58 % of lead I's variance, and the published view keeps nothing else,
 turned or not.  Here what the dipole cannot hold stays as it is, so that no turn is no change;
 --published leaves it out.  With --leads 1 twelve leads are turned and then lead I is cut.  Views
-are scored, five seconds at a time and before the blanking, and not in millivolts as published.
+are z-scored, five seconds at a time and before the blanking, and not in millivolts as published.
 And common.py's schedule.
 """
 

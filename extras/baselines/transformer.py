@@ -64,7 +64,7 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """(B, leads, T) -> (B, D), with the attributes of ResNet1D that checkpoints and probes read.
 
-    architecture: the arguments that rebuild the network, `leads` apart.
+    architecture: the network's other arguments; as an attribute it has `leads` too.
     """
 
     def __init__(self, leads: int, embedding_dim: int, **architecture) -> None:

@@ -10,7 +10,7 @@ codebook in use.  After Baevski et al. 2020 (arXiv 2006.11477).
 
 Departures from the published form: the temperature of the Gumbel softmax reaches 0.5 after 70 % of
 the run, whatever its length; the batch of all processes counts in the diversity term; records are
-scored, where the published ones stay in millivolts; the dropouts of the projected and of the
+z-scored, where the published ones stay in millivolts; the dropouts of the projected and of the
 quantised latents are left out.  And common.py's schedule.
 """
 
@@ -146,6 +146,10 @@ def mask_spans(B: int, N: int, span: int, draw: torch.Generator) -> torch.Tensor
     As published no span starts at the last possible place, so the last token is never masked.
     """
     count = max(2, int(MASKED_SHARE * N / span + torch.rand(1, generator=draw).item()))
+    if N - span < count:
+        raise UsageError(
+            f"--sample-rate: {N} tokens in five seconds are too few; give a higher one"
+        )
     starts = torch.rand(B, N - span, generator=draw).argsort(1)[:, :count]  # (B, count)
     is_masked = torch.zeros(B, N, dtype=torch.bool)
     for offset in range(span):
