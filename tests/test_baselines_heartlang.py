@@ -384,6 +384,8 @@ def test_a_run_learns_words_then_reads_them_and_resumes(tmp_path, ptbxl, monkeyp
     assert not (out / "words").exists()
 
 
-def test_another_rate_is_refused():
+def test_another_rate_and_no_epoch_of_the_vocabulary_are_refused():
     with pytest.raises(UsageError, match=r"^--sample-rate 500: words are cut at 100 Hz$"):
         HeartLangConfig(sample_rate=500)
+    with pytest.raises(UsageError, match="^--vocabulary-epochs 0: expected a number above 0$"):
+        HeartLangConfig(vocabulary_epochs=0)

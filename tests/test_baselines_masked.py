@@ -68,6 +68,11 @@ def test_an_embedding_has_no_holes_and_ignores_the_company(kind):
 # --------------------------------------------------------------------------------------------------
 
 
+def test_a_segment_of_too_few_tokens_is_refused():
+    with pytest.raises(UsageError, match="^--sample-rate: 9 tokens in five seconds are too few"):
+        mask_spans(2, 9, 10, random_stream(0))
+
+
 @pytest.mark.parametrize("B", [1, 8])
 @pytest.mark.parametrize("N, span, share", [(156, 10, 0.495), (31, 2, 0.547), (12, 10, 11 / 12)])
 def test_masks_are_spans_cut_at_random_to_equally_many_tokens(N, span, share, B):

@@ -11,6 +11,7 @@ from conftest import made_up
 from probes import KINDS, call, changed, rows_of, strict_json, validation_fold, write_probe
 
 import extras.export
+from extras.baselines.transformer import CONV_SIZES, ConvTransformer
 from extras.detect import DISCLAIMER, describe_probe, load_detector, operating_point
 from selfmis import MI_TYPES
 
@@ -85,6 +86,14 @@ def test_an_exported_detector_may_have_no_verdict(tmp_path, probes, capsys):
     verdict = strict_json(about["any_infarct"])
     assert verdict["threshold"] is None and "6 infarcts" in verdict["no_verdict"]
     assert strict_json(about["probe"])["warnings"] == ["not clean"]
+
+
+def test_only_resnet1d_is_exported(tmp_path, probes, capsys):
+    network = ConvTransformer(1, **CONV_SIZES["small"] | dict(layers=1))
+    content = dict(network="ConvTransformer", architecture=network.architecture)
+    path = changed(probes["one"], tmp_path / "p.pt", encoder=network.state_dict(), **content)
+    code, _, errors = export(capsys, path, tmp_path / "x.pt2")
+    assert code == 2 and errors == [f"error: {path}: a ConvTransformer: only ResNet1D is exported"]
 
 
 def test_what_export_refuses(tmp_path, probes, tiny, capsys, monkeypatch):
