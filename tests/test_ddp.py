@@ -142,7 +142,8 @@ def differ_in_device(_):
 
 def differ_in_more(folders):
     ranks = selfmis.join_ranks("cpu", 0)
-    config = ProbeConfig(amp=["bf16", "off"][ranks.rank], data=[folders[ranks.rank]])
+    amp, folder = ["bf16", "off"][ranks.rank], folders[ranks.rank]
+    config = ProbeConfig(finetune=True, amp=amp, data=[folder])
     with pytest.raises(UsageError, match="the processes have bf16 and off; give one"):
         selfmis.Learner(torch.nn.Linear(1, 1), None, config, ranks)
     records = selfmis.gather_records(config, 100, 0)

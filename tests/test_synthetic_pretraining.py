@@ -380,7 +380,7 @@ def test_every_command_has_flags_that_exist_and_needs_earlier_runs_only():
 def test_all_starts_have_twenty_epochs_and_longer_the_steps_of_pre_training_on_top(share):
     configs = {}
     for start in synthetic_table.STARTS:
-        flags = synthetic_table.schedule(share, start)
+        flags = ["--finetune", *synthetic_table.schedule(share, start)]
         config = configs[start] = selfmis.parse_flags(train_probe.ProbeConfig, "", SHARED + flags)
         steps = len(train_probe.share_of(np.arange(15_000), share, 0)) // config.batch_size
         assert config.patience == 20
