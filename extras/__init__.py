@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from selfmis import UsageError
 
@@ -16,6 +17,14 @@ def command_parser(module: str, about: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def make_folder(out: Path) -> None:
+    """The --out of a command, unless it is there; UsageError if it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: {error.strerror}; give a new folder") from error
 
 
 def run_action(action, flags: argparse.Namespace) -> None:

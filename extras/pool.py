@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 import selfmis
-from extras import command_parser, run_action
+from extras import command_parser, make_folder, run_action
 from selfmis import UsageError
 from train_probe import any_infarct, as_table, infarct_score, mean_auc, read_predictions, summarize
 
@@ -150,10 +150,7 @@ def pool(flags: argparse.Namespace) -> None:
     for run in runs:
         refuse_seen_labels(run)
     if flags.out:
-        try:
-            flags.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {flags.out}: {error.strerror}; give a new folder") from error
+        make_folder(flags.out)
         if any(flags.out.iterdir()):
             raise UsageError(f"--out {flags.out}: is not empty; give a new folder")
     results = evaluate(runs)

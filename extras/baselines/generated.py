@@ -29,9 +29,10 @@ import torch
 
 import selfmis
 import train_probe
-from extras import command_parser, run_action
+from extras import command_parser, make_folder, run_action
 from extras.baselines.gan import LEAD_I, Generator, UNetGenerator
 from extras.baselines.mcma import MCMAGenerator
+from extras.detect import PROBE_KEYS
 from extras.devices import embed_recordings
 from extras.evidence import MEANS, Scores, difference, print_table
 from extras.synthetic import CHART_MM, draw_chart, ecg_paper, save_picture
@@ -115,10 +116,7 @@ def make(flags: argparse.Namespace) -> None:
     if len(flags.sources) > 1:
         raise UsageError(f"make {' '.join(flags.sources)}: one at a time")
     source = flags.sources[0]
-    try:
-        flags.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {flags.out}: {error.strerror}; give another") from error
+    make_folder(flags.out)
     if source == "fir":
         rate_hz = flags.sample_rate
         filters = training_filters(flags, rate_hz)
@@ -208,7 +206,7 @@ def score(flags: argparse.Namespace) -> None:
     if encoder.lead != "all":
         raise UsageError(f"{flags.probe}: a probe of lead {encoder.lead}; give one of --lead all")
     content = selfmis.read_checkpoint(flags.probe)
-    if "head" not in content or "head_training_data" not in content:
+    if not PROBE_KEYS <= set(content):
         raise UsageError(f"{flags.probe}: no head in it; give probe.pt of train_probe.py")
     records = test_records(flags, encoder.sample_rate_hz)
     encoder.training_data = encoder.training_data + content["head_training_data"]
